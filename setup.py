@@ -1,0 +1,36 @@
+"""Packaging of blip2x: the library `modeling_blip2x`; training/ and space_app/ are scripts that are run from the repository."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "modeling_blip2x" / "__init__.py").read_text()).group(1)
+
+CORE = [
+    "torch>=2.13.0",
+    "transformers>=5.23.0",
+    "safetensors>=0.8.0",
+    "huggingface-hub>=1.0.0",
+    "pillow>=12.0.0",
+    "numpy>=2.0.0",
+]
+TRAIN = ["accelerate>=1.15.0", "datasets>=5.2.0", "peft>=0.21.2", "pyyaml>=6.0", "tqdm>=4.67.0", "matplotlib>=3.10.0"]
+EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0"]
+SPACE = ["gradio>=6.31.0"]
+TEST = [*TRAIN, *EVAL, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]
+
+setup(
+    name="blip2x",
+    version=VERSION,
+    description="BLIP-2 for the Hugging Face ecosystem: both training stages, any vision encoder, any language model",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["modeling_blip2x"],
+    install_requires=CORE,
+    extras_require={"train": TRAIN, "eval": EVAL, "space": SPACE, "test": TEST},
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)
