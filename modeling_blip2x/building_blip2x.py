@@ -1,0 +1,247 @@
+"""Models from parts: a vision tower, a BERT checkpoint or fresh Q-Former, a language model, and the hand-over of stage 1.
+
+Weights are checked as they move: shapes must fit, every tensor is either taken, dropped by name or new by name.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Blip2VisionModel
+
+from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
+from .qformer_blip2x import QFormer
+from .vision_blip2x import without_final_norm
+
+
+@dataclass
+class HandOver:
+    """What became of the tensors of a stage-1 checkpoint in a generative model."""
+
+    loaded: list[str]
+    dropped: list[str]
+    new: list[str]
+
+    def __str__(self) -> str:
+        def parts(names: list[str]) -> str:
+            counts: dict[str, int] = {}
+            for name in names:
+                part = ".".join(name.removeprefix("model.").split(".")[: 2 if "feed_forward" in name else 1])
+                counts[part] = counts.get(part, 0) + 1
+            return ", ".join(f"{part} ({count})" for part, count in counts.items()) or "nothing"
+
+        return (
+            "Hand-over from stage 1 (tensors):\n"
+            f"  loaded   {parts(self.loaded)}\n"
+            f"  dropped  {parts(self.dropped)}\n"
+            f"  new      {parts(self.new)}"
+        )
+
+
+def load_vision_model(vision_model: str | nn.Module) -> nn.Module:
+    """A vision tower from an id, a folder or a loaded module. Of an image-text model (CLIP) only the tower is read."""
+    if isinstance(vision_model, nn.Module):
+        return without_final_norm(vision_model)
+    config = AutoConfig.from_pretrained(vision_model)
+    config = getattr(config, "vision_config", config)
+    auto_class = Blip2VisionModel if config.model_type == "blip_2_vision_model" else AutoModel
+    return without_final_norm(auto_class.from_pretrained(vision_model, config=config))
+
+
+def load_language_model(language_model: str | nn.Module) -> nn.Module:
+    """A causal or encoder-decoder language model from an id, a folder or a loaded module."""
+    if isinstance(language_model, nn.Module):
+        return language_model
+    config = AutoConfig.from_pretrained(language_model)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_pretrained(language_model)
+
+
+def check_tokenizer(config: Blip2xQFormerConfig, tokenizer: object) -> None:
+    """Raise ValueError if token ids of `tokenizer` do not fit a Q-Former of this config."""
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens but the Q-Former's vocab_size is {config.vocab_size}. Use the "
+            f"tokenizer it was made with, or set vocab_size={len(tokenizer)} for a new Q-Former."
+        )
+    if tokenizer.bos_token_id != config.bos_token_id:
+        raise ValueError(
+            f"The tokenizer's bos_token_id ([DEC]) is {tokenizer.bos_token_id} but the Q-Former's is "
+            f"{config.bos_token_id}. Use the tokenizer of a Blip2xProcessor, and set bos_token_id to its [DEC]."
+        )
+
+
+def _qformer_config(qformer: str | Blip2xQFormerConfig | None, tokenizer: object | None) -> Blip2xQFormerConfig:
+    """The config of the Q-Former to build; a BERT checkpoint's with one more row for [DEC]."""
+    if isinstance(qformer, str):
+        bert = AutoConfig.from_pretrained(qformer)
+        if bert.model_type != "bert":
+            raise ValueError(
+                f"The Q-Former starts from BERT weights, but '{qformer}' is a {bert.model_type} model. Name a BERT "
+                "checkpoint, or pass a Blip2xQFormerConfig for random weights."
+            )
+        shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+                  "hidden_dropout_prob", "attention_probs_dropout_prob", "max_position_embeddings", "layer_norm_eps",
+                  "initializer_range", "pad_token_id")  # fmt: skip
+        dec = bert.vocab_size if tokenizer is None else tokenizer.bos_token_id
+        qformer_config = Blip2xQFormerConfig(
+            **{name: getattr(bert, name) for name in shared},
+            vocab_size=max(bert.vocab_size, dec + 1),
+            bos_token_id=dec,
+            eos_token_id=None if tokenizer is None else tokenizer.sep_token_id,
+        )
+    else:
+        qformer_config = qformer or Blip2xQFormerConfig()
+    if tokenizer is not None:
+        check_tokenizer(qformer_config, tokenizer)
+    return qformer_config
+
+
+def _config(vision_model: nn.Module, qformer_config: Blip2xQFormerConfig, text_config, **fields) -> Blip2xConfig:
+    # Dictionaries, not objects: two models built from one config must not share (and change) each other's.
+    return Blip2xConfig(
+        vision_config=vision_model.config.to_dict(),
+        qformer_config=qformer_config.to_dict(),
+        text_config=text_config and text_config.to_dict(),
+        vision_layer_norm_eps=1e-6 if vision_model.config.model_type == "blip_2_vision_model" else 1e-5,
+        **fields,
+    )
+
+
+def _mark_loaded(module: nn.Module) -> nn.Module:
+    # transformers initialises what does not carry this mark; a loaded tower or LLM must be left alone.
+    for part in module.modules():
+        part._is_hf_initialized = True
+    for tensor in [*module.parameters(), *module.buffers()]:
+        tensor._is_hf_initialized = True
+    return module
+
+
+def build_pretraining(
+    model_class: type, vision_model: str | nn.Module, qformer: str | Blip2xQFormerConfig | None, *, tokenizer, **fields
+):
+    """See `Blip2xForPreTraining.from_unimodal`."""
+    tower = _mark_loaded(load_vision_model(vision_model))
+    config = _config(tower, _qformer_config(qformer, tokenizer), None, **fields)
+    model = model_class(config, vision_model=tower)
+    if isinstance(qformer, str):
+        load_bert(model.model.qformer, AutoModel.from_pretrained(qformer).state_dict())
+    return model
+
+
+def build_generative(
+    model_class: type,
+    vision_model: str | nn.Module,
+    language_model: str | nn.Module,
+    qformer: str | Blip2xQFormerConfig | None,
+    *,
+    image_token_index: int | None,
+    **fields,
+):
+    """See `Blip2xForConditionalGeneration.from_unimodal`."""
+    tower, llm = _mark_loaded(load_vision_model(vision_model)), _mark_loaded(load_language_model(language_model))
+    image_token_index = llm.config.vocab_size if image_token_index is None else image_token_index
+    fit_image_token(llm, image_token_index)
+    config = _config(tower, _qformer_config(qformer, None), llm.config, image_token_index=image_token_index, **fields)
+    model = model_class(config, vision_model=tower, language_model=llm)
+    if isinstance(qformer, str):
+        load_bert(model.model.qformer, AutoModel.from_pretrained(qformer).state_dict())
+    return model
+
+
+def hand_over(
+    model_class: type,
+    stage1: nn.Module,
+    language_model: str | nn.Module,
+    *,
+    image_token_index: int | None,
+    use_qformer_text_input: bool,
+):
+    """A generative model with the tower and Q-Former of `stage1` and the given language model, and a `HandOver`."""
+    llm = _mark_loaded(load_language_model(language_model))
+    image_token_index = llm.config.vocab_size if image_token_index is None else image_token_index
+    fit_image_token(llm, image_token_index)
+    config = Blip2xConfig(
+        **{
+            **{name: getattr(stage1.config, name) for name in ("num_query_tokens", "image_text_hidden_size")},
+            **{name: getattr(stage1.config, name) for name in ("vision_feature_layer", "vision_layer_norm_eps")},
+        },
+        vision_config=stage1.config.vision_config.to_dict(),
+        qformer_config=stage1.config.qformer_config.to_dict() | {"use_qformer_text_input": use_qformer_text_input},
+        text_config=llm.config.to_dict(),
+        image_token_index=image_token_index,
+    )
+    model = model_class(config, vision_model=_mark_loaded(stage1.model.vision_model), language_model=llm)
+    source, target = stage1.state_dict(), model.state_dict()
+    shared = {name: tensor for name, tensor in source.items() if name in target}
+    model.load_state_dict(shared, strict=False)
+    report = HandOver(
+        loaded=list(shared),
+        dropped=[name for name in source if name not in target],
+        new=[name for name in target if name not in source],
+    )
+    return model, report
+
+
+def fit_image_token(language_model: nn.Module, image_token_index: int) -> None:
+    """Give the LLM a row for `<image>` where its vocabulary has none. The row is never looked up: features replace it.
+
+    Generation needs it all the same: penalties and constraints index the scores by the ids of the prompt.
+    """
+    rows = language_model.get_input_embeddings().num_embeddings
+    if image_token_index >= rows:
+        trainable = [p.requires_grad for p in language_model.parameters()]
+        language_model.resize_token_embeddings(image_token_index + 1, mean_resizing=False)
+        for parameter, flag in zip(language_model.parameters(), trainable):
+            parameter.requires_grad_(flag)
+
+
+def load_bert(qformer: QFormer, bert: dict[str, torch.Tensor]) -> None:
+    """Start a Q-Former from a BERT's weights; the query feed-forward gets a copy of BERT's (paper, section 3.1).
+
+    Cross-attention, query tokens and the row of [DEC] are not in BERT and keep their random start. BERT adds a segment
+    embedding, that of segment 0 here, to every position: it goes into the position embeddings, so that text alone gives
+    exactly BERT's output. (The official implementation drops it: small sentence encoders lose much of what they know.)
+    """
+    bert = {name.removeprefix("bert."): tensor for name, tensor in bert.items()}
+    taken: dict[str, torch.Tensor] = {}
+    for name in qformer.state_dict():
+        source = bert_name(name)
+        if source is not None:
+            if source not in bert:
+                raise ValueError(f"The BERT checkpoint has no tensor '{source}', which '{name}' should start from.")
+            taken[name] = bert[source]
+    positions = "embeddings.position_embeddings.weight"
+    if positions in taken and "embeddings.token_type_embeddings.weight" in bert:
+        taken[positions] = taken[positions] + bert["embeddings.token_type_embeddings.weight"][0]
+    words = "embeddings.word_embeddings.weight"
+    if words in taken:
+        grown = qformer.state_dict()[words].clone()
+        grown[: len(taken[words])] = taken[words]
+        taken[words] = grown
+    qformer.load_state_dict(taken, strict=False)
+
+
+def bert_name(name: str) -> str | None:
+    """Name in a BERT checkpoint of the tensor that the Q-Former's tensor `name` starts from; None if it is new."""
+    if "crossattention" in name:
+        return None
+    if name.startswith("layernorm."):
+        return name.replace("layernorm.", "embeddings.LayerNorm.")
+    if not name.startswith("layers."):
+        return name
+    renames = {
+        ".attention.query.": ".attention.self.query.",
+        ".attention.key.": ".attention.self.key.",
+        ".attention.value.": ".attention.self.value.",
+        ".attention.dense.": ".attention.output.dense.",
+        ".attention.layernorm.": ".attention.output.LayerNorm.",
+    }
+    for feed_forward in (".query_feed_forward", ".text_feed_forward"):
+        renames[f"{feed_forward}.up."] = ".intermediate.dense."
+        renames[f"{feed_forward}.down."] = ".output.dense."
+        renames[f"{feed_forward}.layernorm."] = ".output.LayerNorm."
+    for ours, theirs in renames.items():
+        if ours in name:
+            return "encoder.layer." + name.removeprefix("layers.").replace(ours, theirs)
+    raise ValueError(f"No BERT name for '{name}'.")

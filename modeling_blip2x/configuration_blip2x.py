@@ -1,0 +1,153 @@
+"""Configurations of BLIP-2: a Q-Former between any vision tower and any language model.
+
+`vision_config` and `text_config` are whatever transformers config the frozen parts have. `text_config=None` is a model
+without a language model (stage 1). Unknown fields are refused: transformers would store a typo as an attribute.
+"""
+
+from difflib import get_close_matches
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, GenerationConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+def vision_hidden_size(config: PreTrainedConfig) -> int:
+    """Width D of the features (B, N, D) or of the feature map (B, D, H, W) that a vision tower of this config gives.
+
+    Raises ValueError if the config does not tell.
+    """
+    if config.model_type in ("mobilenet_v1", "mobilenet_v2"):
+        return _mobilenet_width(config)
+    if getattr(config, "hidden_size", None) is not None:
+        return config.hidden_size
+    if getattr(config, "hidden_sizes", None):
+        return config.hidden_sizes[-1]
+    raise ValueError(
+        f"The config of vision tower '{config.model_type}' names neither hidden_size nor hidden_sizes, so the width of "
+        "its features is unknown. Add hidden_size to the vision config."
+    )
+
+
+def _mobilenet_width(config: PreTrainedConfig) -> int:
+    # MobileNet configs hold no width: the last convolution is 1024 (v1) or 1280 (v2) channels times the multiplier.
+    base = 1024 if config.model_type == "mobilenet_v1" else 1280
+    if config.model_type == "mobilenet_v2" and config.finegrained_output and config.depth_multiplier < 1.0:
+        return base
+    divisor, width = getattr(config, "depth_divisible_by", 8), base * config.depth_multiplier
+    if config.model_type == "mobilenet_v1":
+        return max(config.min_depth, int(width))
+    rounded = max(config.min_depth, int(width + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * width else rounded
+
+
+# Keys that transformers itself writes into config.json or passes to a config, besides its fields.
+KEYS_OF_TRANSFORMERS = {"model_type", "architectures", "transformers_version", "auto_map", "name_or_path"} | {
+    "torch_dtype", "attn_implementation", "experts_implementation", "num_labels", "is_encoder_decoder", "quantization_config"
+}  # fmt: skip
+
+
+def refuse_unknown_fields(config_class: type, keywords: dict) -> None:
+    """Raise ValueError for keywords that are neither fields of `config_class` nor known to transformers."""
+    known = KEYS_OF_TRANSFORMERS | set(GenerationConfig._get_default_generation_params())
+    unknown = [k for k in keywords if k not in known and not k.startswith("_") and not hasattr(config_class, k)]
+    if unknown:
+        own = [name for name in config_class.__annotations__ if not name.startswith("_")]
+        near = [match for name in unknown for match in get_close_matches(name, own, n=1)]
+        hint = f"Did you mean {', '.join(near)}?" if near else f"Its fields are {', '.join(sorted(own))}."
+        raise ValueError(f"{config_class.__name__} has no field {', '.join(map(repr, unknown))}. {hint}")
+
+
+@strict
+class Blip2xQFormerConfig(PreTrainedConfig):
+    """Querying Transformer; BERT-base shape by default (paper, section 3.1).
+
+    vocab_size: rows of the word embedding, [DEC] included. bos_token_id: [DEC], the start token of ITG.
+    eos_token_id: [SEP], where captions of the ITG head end; None lets them run to their longest length.
+    cross_attention_frequency: every n-th layer, from layer 0, attends to the image.
+    encoder_hidden_size: width of the image features; derived from the vision config by `Blip2xConfig`.
+    """
+
+    model_type = "blip2x_qformer"
+    base_config_key = "qformer_config"
+
+    vocab_size: int = 30523
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 30522
+    eos_token_id: int | None = None
+    cross_attention_frequency: int = 2
+    encoder_hidden_size: int | None = None
+    use_qformer_text_input: bool = True
+
+    def __post_init__(self, **kwargs):
+        refuse_unknown_fields(type(self), kwargs)
+        super().__post_init__(**kwargs)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, but {self.hidden_size} is not one of "
+                f"{self.num_attention_heads}."
+            )
+        if self.cross_attention_frequency < 1:
+            raise ValueError(f"cross_attention_frequency must be at least 1, got {self.cross_attention_frequency}.")
+        if self.bos_token_id is not None and self.bos_token_id >= self.vocab_size:
+            raise ValueError(
+                f"bos_token_id ([DEC]) is {self.bos_token_id}, outside the vocabulary of {self.vocab_size}. Set "
+                "vocab_size to the length of the Q-Former's tokenizer, [DEC] included."
+            )
+
+
+@strict
+class Blip2xConfig(PreTrainedConfig):
+    """BLIP-2: vision tower, Q-Former and, for stage 2, a language model.
+
+    num_query_tokens: learned queries Q, the number of image tokens the language model sees.
+    image_text_hidden_size: width P of the contrastive space. image_token_index: id of the `<image>` placeholder.
+    vision_feature_layer: which hidden state of the tower is used; -1 is its output, -2 the layer before (CLIP ViT-L).
+    vision_layer_norm_eps: epsilon of `ln_vision`, the trained LayerNorm on the image features.
+    objectives: losses of stage 1 that are trained; the paper's three by default.
+    prompt_template: the template the model was tuned with, for example `Question: {} Answer:`; None for plain captions.
+    """
+
+    model_type = "blip2x"
+    attribute_map = {"image_token_id": "image_token_index"}
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "qformer_config": Blip2xQFormerConfig,
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="opt", optional=True),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    qformer_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    num_query_tokens: int = 32
+    image_text_hidden_size: int = 256
+    image_token_index: int | None = None
+    vision_feature_layer: int = -1
+    vision_layer_norm_eps: float = 1e-5
+    prompt_template: str | None = None
+    objectives: list[str] | tuple[str, ...] = ("itc", "itm", "itg")
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        refuse_unknown_fields(type(self), kwargs)
+        super().__post_init__(**kwargs)
+        self.is_encoder_decoder = bool(self.text_config is not None and self.text_config.is_encoder_decoder)
+        self.qformer_config.encoder_hidden_size = vision_hidden_size(self.vision_config)
+        if self.is_encoder_decoder and getattr(self.text_config, "decoder_start_token_id", None) is None:
+            self.text_config.decoder_start_token_id = self.text_config.pad_token_id  # as T5 starts its decoder
+        if self.vision_config.model_type == "blip_2_vision_model" and self.vision_config.initializer_range < 1e-6:
+            self.vision_config.initializer_range = 0.02  # transformers' default of 1e-10 makes a random tower constant
+        wrong = [name for name in self.objectives if name not in ("itc", "itm", "itg")]
+        if wrong or not self.objectives:
+            raise ValueError(f"objectives must name some of itc, itm, itg, got {list(self.objectives)}.")
+        if self.num_query_tokens < 1:
+            raise ValueError(f"num_query_tokens must be at least 1, got {self.num_query_tokens}.")

@@ -1,0 +1,430 @@
+"""Stage 2: query outputs, projected, are a soft prompt of a frozen language model (paper, section 3.3).
+
+Decoder-only (OPT, Llama, GPT-2, Qwen): input_ids hold one `<image>` placeholder for each query and the text; projected
+queries replace the placeholders. Encoder-decoder (T5): the same on the encoder's side, labels on the decoder's.
+
+`generate` is transformers' own, on this model: the image is encoded once, before the first token and whatever the number
+of beams. Output of a decoder-only model begins with the prompt's ids; `Blip2xProcessor.batch_decode_new` takes it off.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin
+from transformers.utils import ModelOutput
+
+from .building_blip2x import build_generative, hand_over
+from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
+from .distributed_blip2x import global_mean
+from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
+from .pretraining_blip2x import Blip2xForPreTraining
+
+IMAGE_ARGUMENTS = (
+    "pixel_values",
+    "vision_embeds",
+    "qformer_input_ids",
+    "qformer_attention_mask",
+    "interpolate_pos_encoding",
+)
+
+
+@dataclass
+class Blip2xImageFeatures(ModelOutput):
+    """pooler_output (B, Q, width of the LLM): the soft prompt. last_hidden_state (B, Q, H): what it is projected from."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class Blip2xForConditionalGenerationOutput(ModelOutput):
+    """loss and logits of the language model; the Q-Former's outputs in `qformer_outputs`."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    qformer_outputs: Blip2xImageFeatures | None = None
+
+
+class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
+    """Vision tower, Q-Former, projection and language model."""
+
+    main_input_name = "input_ids"
+
+    def __init__(
+        self, config: Blip2xConfig, vision_model: nn.Module | None = None, language_model: nn.Module | None = None
+    ):
+        """vision_model, language_model: loaded ones to take instead of random ones of the config."""
+        super().__init__(config)
+        if config.text_config is None:
+            raise ValueError(
+                "The config has no text_config: this is a stage-1 checkpoint without a language model. Use "
+                "Blip2xForConditionalGeneration.from_stage1(checkpoint, language_model) to add one."
+            )
+        self.model = Blip2xModel(config, vision_model)
+        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        self.language_model = auto_class.from_config(config.text_config) if language_model is None else language_model
+        width = self.language_model.get_input_embeddings().embedding_dim
+        self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
+        self.post_init()
+
+    @classmethod
+    def from_unimodal(
+        cls,
+        vision_model: str | nn.Module,
+        language_model: str | nn.Module,
+        qformer: str | Blip2xQFormerConfig | None = None,
+        *,
+        image_token_index: int | None = None,
+        num_query_tokens: int = 32,
+        vision_feature_layer: int = -1,
+    ) -> "Blip2xForConditionalGeneration":
+        """Generative model around a vision tower and a language model, without stage 1.
+
+        Args:
+            vision_model, language_model: ids, folders or loaded modules.
+            qformer: id or folder of a BERT checkpoint, or a config for random weights; None is a random BERT-base shape.
+            image_token_index: id of `<image>` (`processor.image_token_id`); by default the next free one.
+        """
+        model = build_generative(
+            cls,
+            vision_model,
+            language_model,
+            qformer,
+            image_token_index=image_token_index,
+            num_query_tokens=num_query_tokens,
+            vision_feature_layer=vision_feature_layer,
+        )
+        model.generation_config = generation_config_of(model)
+        return model
+
+    @classmethod
+    def from_stage1(
+        cls,
+        checkpoint: "str | Blip2xForPreTraining",
+        language_model: str | nn.Module,
+        *,
+        image_token_index: int | None = None,
+        use_qformer_text_input: bool = False,
+    ) -> "Blip2xForConditionalGeneration":
+        """Tower and Q-Former of a stage-1 checkpoint in front of a language model; prints what became of each part.
+
+        Args:
+            checkpoint: folder or id of a stage-1 model, or one in memory, whose tower is then shared.
+            image_token_index: id of `<image>` (`processor.image_token_id`); by default the next free one.
+            use_qformer_text_input: keep the text branch, for queries that read the question.
+        """
+        stage1 = Blip2xForPreTraining.from_pretrained(checkpoint) if isinstance(checkpoint, str) else checkpoint
+        model, report = hand_over(
+            cls,
+            stage1,
+            language_model,
+            image_token_index=image_token_index,
+            use_qformer_text_input=use_qformer_text_input,
+        )
+        model.generation_config = generation_config_of(model)
+        print(report)
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_output_embeddings(value)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        return self.language_model.get_encoder() if modality is None else super().get_encoder(modality)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Blip2xImageFeatures:
+        """The soft prompt (B, Q, width of the LLM) of images, in `pooler_output`. Arguments as in `Blip2xModel`."""
+        out = self.model(
+            pixel_values,
+            vision_embeds,
+            qformer_input_ids,
+            qformer_attention_mask,
+            output_attentions,
+            output_hidden_states,
+            interpolate_pos_encoding,
+            return_dict=True,
+        )
+        soft_prompt = self.language_projection(out.last_hidden_state.to(self.language_projection.weight.dtype))
+        return Blip2xImageFeatures(
+            out.last_hidden_state, soft_prompt, out.hidden_states, out.attentions, out.cross_attentions
+        )
+
+    def image_prompt(self, batch_size: int) -> torch.Tensor:
+        """input_ids (batch_size, Q or Q + 1) of a prompt without text: the image, then BOS if the decoder has one."""
+        ids = [self.config.image_token_index] * self.config.num_query_tokens
+        bos = getattr(self.config.text_config, "bos_token_id", None)
+        if not self.config.is_encoder_decoder and bos is not None:
+            ids.append(bos)
+        return torch.tensor([ids], device=self.device).expand(batch_size, -1)
+
+    def merge_image(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        image: Blip2xImageFeatures | None,
+        continues: bool = False,
+    ) -> torch.Tensor:
+        """Text embeddings (B, L, width) with the soft prompt at the placeholders.
+
+        continues: these tokens go on from a cache that holds the prompt and its images.
+
+        Raises:
+            ValueError: the number of placeholders is not the number of image features; both are named.
+        """
+        table = self.get_input_embeddings()
+        if inputs_embeds is None:
+            is_image = input_ids == self.config.image_token_index
+            # The placeholder's id may lie outside the table, and what it would look up is replaced anyway.
+            inputs_embeds = table(input_ids.masked_fill(is_image, 0))
+        else:
+            placeholder = torch.tensor(self.config.image_token_index, device=inputs_embeds.device)
+            is_image = (inputs_embeds == table(placeholder)).all(dim=-1)
+        features = None if image is None else image.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+        if not continues and not torch.compiler.is_compiling():
+            self._check_placeholders(is_image, features)
+        if features is None:
+            return inputs_embeds
+        return inputs_embeds.masked_scatter(is_image[..., None], features)
+
+    def _check_placeholders(self, is_image: torch.Tensor, features: torch.Tensor | None) -> None:
+        placeholders = int(is_image.sum())
+        expected = 0 if features is None else features.numel() // features.shape[-1]
+        if placeholders != expected:
+            rows = is_image.sum(dim=1).tolist()
+            raise ValueError(
+                f"The text has {placeholders} image tokens (id {self.config.image_token_index}; {rows} by row) but the "
+                f"images give {expected} features ({self.config.num_query_tokens} for each image). Build input_ids with "
+                "processor(images, text), and do not truncate the image tokens."
+            )
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: object | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | None = None,
+        mm_encoder_outputs: dict[str, Blip2xImageFeatures] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> Blip2xForConditionalGenerationOutput | tuple:
+        """Language-modelling logits and loss, given images and text.
+
+        Args:
+            pixel_values: (images, 3, height, width), or vision_embeds (images, N, D) in their place.
+            input_ids, attention_mask: (B, L); with Q placeholders (`config.image_token_index`) for each image. Without
+                input_ids the prompt is the image alone.
+            labels: decoder-only: (B, L) like input_ids, -100 where nothing is supervised (image, prompt, padding).
+                Encoder-decoder: (B, T) targets of the decoder. They are shifted here.
+            qformer_input_ids, qformer_attention_mask: (images, L') text that the queries read.
+            mm_encoder_outputs: {"image": get_image_features(...)} computed earlier, in place of the images.
+
+        Raises:
+            ValueError: image tokens and image features differ in number, naming both.
+        """
+        image = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None or vision_embeds is not None:
+            if image is not None:
+                raise ValueError("Pass images (pixel_values or vision_embeds) or mm_encoder_outputs, not both.")
+            image = self.get_image_features(
+                pixel_values,
+                vision_embeds,
+                qformer_input_ids,
+                qformer_attention_mask,
+                interpolate_pos_encoding,
+                output_attentions,
+                output_hidden_states,
+            )
+        options = {
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        if encoder_outputs is None:
+            if input_ids is None and inputs_embeds is None:
+                if image is None:
+                    raise ValueError("Nothing to read: pass input_ids, images, or both.")
+                input_ids = self.image_prompt(len(image.pooler_output))
+            continues = past_key_values is not None and past_key_values.get_seq_length() > 0
+            inputs_embeds = self.merge_image(input_ids, inputs_embeds, image, continues)
+            if attention_mask is None and past_key_values is None:
+                attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        if self.config.is_encoder_decoder:
+            out = self._encode_and_decode(
+                inputs_embeds,
+                attention_mask,
+                encoder_outputs,
+                decoder_input_ids,
+                decoder_attention_mask,
+                labels,
+                options,
+            )
+            loss = None if labels is None else language_modelling_loss(out.logits, labels)
+        else:
+            if labels is None:
+                options["logits_to_keep"] = logits_to_keep
+            if position_ids is None and past_key_values is None and attention_mask.ndim == 2:
+                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # padding may be on the left
+            if position_ids is not None and "position_ids" in inspect.signature(self.language_model.forward).parameters:
+                options["position_ids"] = position_ids
+            out = self.language_model(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
+            )
+            loss = None if labels is None else language_modelling_loss(out.logits[:, :-1], labels[:, 1:])
+        output = Blip2xForConditionalGenerationOutput(
+            loss=loss,
+            logits=out.logits,
+            **{name: out.get(name) for name in _LANGUAGE_OUTPUTS},
+            qformer_outputs=image,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _encode_and_decode(
+        self,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        encoder_outputs: ModelOutput | None,
+        decoder_input_ids: torch.Tensor | None,
+        decoder_attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        options: dict,
+    ) -> ModelOutput:
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError(
+                    "An encoder-decoder language model needs labels or decoder_input_ids in forward. To answer, call "
+                    "generate."
+                )
+            decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return self.language_model(
+            inputs_embeds=None if encoder_outputs is not None else inputs_embeds,
+            attention_mask=attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            return_dict=True,
+            **options,
+        )
+
+    # What transformers' generate asks of a multimodal model.
+
+    def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
+        """A prompt of images alone is the placeholders and BOS."""
+        images = (
+            model_kwargs.get("pixel_values")
+            if model_kwargs.get("vision_embeds") is None
+            else model_kwargs["vision_embeds"]
+        )
+        if inputs is None and images is not None and model_kwargs.get("inputs_embeds") is None:
+            inputs = self.image_prompt(len(images))
+            model_kwargs["attention_mask"] = torch.ones_like(inputs)
+            return inputs
+        return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
+        """Decoder-only: encode the images once, before beams are laid out."""
+        arguments = {name: model_kwargs.pop(name) for name in IMAGE_ARGUMENTS if model_kwargs.get(name) is not None}
+        if "pixel_values" in arguments or "vision_embeds" in arguments:
+            model_kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**arguments)}
+        return model_kwargs
+
+    def _prepare_text_encoder_decoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs: dict, model_input_name: str | None, generation_config
+    ) -> dict:
+        """Encoder-decoder: merge the soft prompt into the encoder's input, then encode once."""
+        model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+        image = model_kwargs.pop("mm_encoder_outputs", {}).get("image")
+        is_embeds = inputs_tensor.is_floating_point()
+        embeds = self.merge_image(None if is_embeds else inputs_tensor, inputs_tensor if is_embeds else None, image)
+        model_kwargs["encoder_outputs"] = self.get_encoder()(
+            inputs_embeds=embeds,
+            attention_mask=model_kwargs.get("attention_mask"),
+            output_attentions=generation_config.output_attentions,
+            output_hidden_states=generation_config.output_hidden_states,
+            return_dict=True,
+        )
+        model_kwargs.pop("inputs_embeds", None)
+        return model_kwargs
+
+
+_LANGUAGE_OUTPUTS = (
+    "past_key_values",
+    "hidden_states",
+    "attentions",
+    "decoder_hidden_states",
+    "decoder_attentions",
+    "cross_attentions",
+    "encoder_last_hidden_state",
+    "encoder_hidden_states",
+    "encoder_attentions",
+)
+
+
+def language_modelling_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy (B, T, vocabulary) against labels (B, T), in fp32, a mean over the supervised tokens.
+
+    While training on several processes it is the mean over the global batch; in evaluation over this process's rows,
+    since processes need not evaluate in step.
+    """
+    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    count = (labels != -100).sum()
+    return global_mean(total, count) if torch.is_grad_enabled() else total / count.clamp(min=1)
+
+
+def generation_config_of(model: Blip2xForConditionalGeneration) -> object:
+    """The language model's own generation config; it never writes the image placeholder."""
+    generation_config = copy.deepcopy(model.language_model.generation_config)
+    generation_config.suppress_tokens = [model.config.image_token_index]
+    return generation_config
+
+
+__all__ = ["Blip2xForConditionalGeneration"]

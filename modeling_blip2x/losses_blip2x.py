@@ -1,0 +1,102 @@
+"""The three objectives of stage 1 as pure functions (paper, section 3.2), and the draw of hard negatives.
+
+Shapes: B pairs on this process, N pairs in the global batch (N = B without a process group), Q queries, P width of the
+contrastive space. All losses are computed in fp32 and are means over the global batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .distributed_blip2x import global_mean
+
+LABEL_SMOOTHING = 0.1  # ITC and ITG; figure of the official implementation
+
+
+def image_text_similarity(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
+    """Cosines (images, texts) of unit-norm (images, Q, P) and (texts, P): the best query counts (section 3.2, ITC)."""
+    return torch.einsum("iqp,tp->itq", image_features.float(), text_features.float()).amax(dim=-1)
+
+
+def positive_pairs(local_ids: torch.Tensor, global_ids: torch.Tensor) -> torch.Tensor:
+    """Boolean (B, N): pairs with equal image ids belong together."""
+    return local_ids[:, None] == global_ids[None, :]
+
+
+def itc_loss(logits_per_image: torch.Tensor, logits_per_text: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """Image-text contrastive loss, the mean of both directions.
+
+    logits_per_image, logits_per_text (B, N): cosine / temperature of this process's images (texts) with all texts
+    (images). positives (B, N): the target mass of a row is spread over them evenly, then smoothed over all N.
+    """
+    targets = positives.float() / positives.sum(dim=1, keepdim=True)
+    targets = (1 - LABEL_SMOOTHING) * targets + LABEL_SMOOTHING / targets.shape[1]
+    image_side = -(targets * F.log_softmax(logits_per_image.float(), dim=1)).sum()
+    text_side = -(targets * F.log_softmax(logits_per_text.float(), dim=1)).sum()
+    return global_mean((image_side + text_side) / 2, len(targets))
+
+
+def draw_hard_negatives(logits: torch.Tensor, positives: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """For each row one column that is no positive, drawn with probability softmax(logits) (section 3.2, ITM).
+
+    logits, positives (B, N); uniform (B,) in [0, 1), one number a row. Returns (B,) column numbers, -1 where a row has
+    no negative at all. Inverse transform sampling: the draw of a row depends on nothing but its logits and its number.
+    """
+    weights = logits.detach().double().masked_fill(positives, -torch.inf).softmax(dim=1)  # NaN: no negative in the row
+    cumulative = weights.cumsum(dim=1)
+    threshold = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+    column = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
+    has_negative = ~positives.all(dim=1)
+    return torch.where(has_negative, column, -1)
+
+
+def uniform_numbers(first_row: int, rows: int, seed: int | None, device: torch.device) -> torch.Tensor:
+    """(rows, 2) numbers in [0, 1) for rows first_row.. of the global batch.
+
+    With a seed the numbers of a row depend on the seed and its number in the global batch only, whatever the number of
+    processes. Without one they come from torch's own generator.
+    """
+    if seed is None:
+        return torch.rand(rows, 2, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(first_row + rows, 2, generator=generator)[first_row:].to(device)
+
+
+@dataclass
+class ItmPairs:
+    """Pairs for ITM: columns of the global batch, positives first. labels: 1 for a match, 0 for none; all (pairs,)."""
+
+    image_index: torch.Tensor
+    text_index: torch.Tensor
+    labels: torch.Tensor
+
+
+def itm_pairs(own: torch.Tensor, negative_image: torch.Tensor, negative_text: torch.Tensor) -> ItmPairs:
+    """The B matching pairs, each text with a hard negative image, each image with a hard negative text.
+
+    own (B,): global row numbers of this process. negative_image, negative_text (B,): -1 where there is none.
+    """
+    with_image, with_text = negative_image >= 0, negative_text >= 0
+    image_index = torch.cat([own, negative_image[with_image], own[with_text]])
+    text_index = torch.cat([own, own[with_image], negative_text[with_text]])
+    labels = torch.zeros_like(image_index)
+    labels[: len(own)] = 1
+    return ItmPairs(image_index, text_index, labels)
+
+
+def itm_loss(itm_logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image-text matching: cross-entropy and accuracy of itm_logits (pairs, 2), order (no match, match)."""
+    itm_logits = itm_logits.float()
+    loss = global_mean(F.cross_entropy(itm_logits, labels, reduction="sum"), len(labels))
+    correct = (itm_logits.argmax(dim=-1) == labels).float().sum()
+    return loss, global_mean(correct, len(labels)).detach()
+
+
+def itg_loss(token_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Image-grounded text generation: mean over the tokens of the global batch, smoothed (section 3.2, ITG).
+
+    token_logits (tokens, vocabulary) and labels (tokens,): predicted positions only, padding already left out.
+    """
+    total = F.cross_entropy(token_logits.float(), labels, reduction="sum", label_smoothing=LABEL_SMOOTHING)
+    return global_mean(total, len(labels))

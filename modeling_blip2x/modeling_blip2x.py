@@ -1,0 +1,214 @@
+"""BLIP-2's shared parts: the base class of all models, and `Blip2xModel`, vision tower + Q-Former.
+
+    image (B, 3, h, w) -> tower -> (B, N, D) -> ln_vision -> cross-attention of the Q-Former -> queries (B, Q, H)
+
+Initialisation (`_init_weights`): matrices trained here start from N(0, initializer_range of the Q-Former's config), query
+tokens from N(0, 0.02): at zero they would stay identical for ever, each getting the same gradient. Biases start from 0,
+norms from 1. Tower and LLM initialise themselves.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_blip2x import Blip2xConfig
+from .qformer_blip2x import KeyValues, QFormer, QueryTokens
+from .vision_blip2x import build_vision_tower, vision_features
+
+QUERY_STD = 0.02  # of the official implementation
+
+
+@dataclass
+class Blip2xModelOutput(ModelOutput):
+    """last_hidden_state (B, Q, H): query output. vision_embeds (B, N, D): features of the tower before `ln_vision`.
+
+    hidden_states (layers + 1) of (B, Q, H), attentions (layers) of (B, heads, Q, Q) and cross_attentions (one for each
+    layer that has them) of (B, heads, Q, N) where asked for.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    vision_embeds: torch.FloatTensor | None = None
+
+
+class Blip2xPreTrainedModel(PreTrainedModel):
+    """Initialisation, freezing, and what transformers needs to know of every BLIP-2 model."""
+
+    config: Blip2xConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # losses are means over the global batch; Trainer must not divide them again
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["QFormerLayer", "QFormerTextEmbeddings", "QueryTokens"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.qformer_config.initializer_range
+        if isinstance(module, QueryTokens):
+            init.normal_(module.weight, mean=0.0, std=QUERY_STD)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        else:
+            super()._init_weights(module)
+
+    def freeze_unimodal(self) -> None:
+        """Freeze vision tower and language model: no gradients, and eval mode whatever `train()` is told later."""
+        for part in self.frozen_candidates():
+            part.requires_grad_(False)
+            part.eval()
+
+    def frozen_candidates(self) -> list[nn.Module]:
+        """The unimodal models that BLIP-2 keeps frozen."""
+        parts = [getattr(self, "language_model", None), self.shared_model.vision_model]
+        return [part for part in parts if part is not None]
+
+    @property
+    def shared_model(self) -> "Blip2xModel":
+        return self if isinstance(self, Blip2xModel) else self.model
+
+    def train(self, mode: bool = True) -> "Blip2xPreTrainedModel":
+        """As in torch, but a vision tower or language model without trainable parameters stays in eval mode."""
+        super().train(mode)
+        for part in self.frozen_candidates():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
+    def trainable_parameters_summary(self) -> str:
+        """A table of the parts with their trainable and frozen parameter counts."""
+        parts: dict[str, list[int]] = {}
+        for name, parameter in self.named_parameters():
+            part = name.removeprefix("model.").split(".")[0]
+            counts = parts.setdefault(part, [0, 0])
+            counts[0 if parameter.requires_grad else 1] += parameter.numel()
+        rows = [f"{'part':<22}{'trainable':>14}{'frozen':>16}"]
+        rows += [f"{part:<22}{trained:>14,}{frozen:>16,}" for part, (trained, frozen) in parts.items()]
+        trained, frozen = (sum(counts[i] for counts in parts.values()) for i in (0, 1))
+        rows.append(f"{'total':<22}{trained:>14,}{frozen:>16,}   ({trained / max(trained + frozen, 1):.1%} trained)")
+        return "\n".join(rows)
+
+
+class Blip2xModel(Blip2xPreTrainedModel):
+    """Vision tower and Q-Former: images in, query outputs (B, Q, H) out."""
+
+    def __init__(self, config: Blip2xConfig, vision_model: nn.Module | None = None):
+        """vision_model: a loaded tower to take, of the config's vision_config, instead of a random one."""
+        super().__init__(config)
+        qformer_config = config.qformer_config
+        self.vision_model = build_vision_tower(config.vision_config) if vision_model is None else vision_model
+        self.ln_vision = nn.LayerNorm(qformer_config.encoder_hidden_size, eps=config.vision_layer_norm_eps)
+        self.query_tokens = QueryTokens(config.num_query_tokens, qformer_config.hidden_size)
+        self.qformer = QFormer._from_config(qformer_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.qformer.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.qformer.set_input_embeddings(value)
+
+    def get_vision_embeds(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        """Features (B, N, D) of the tower, before `ln_vision`: what a feature cache holds and `vision_embeds` takes."""
+        config = self.config
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. Add the "
+                "batch dimension, or let the processor make it."
+            )
+        frozen = not any(parameter.requires_grad for parameter in self.vision_model.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features, _ = vision_features(
+                self.vision_model,
+                pixel_values.to(self.vision_model.dtype),
+                config.vision_feature_layer,
+                interpolate_pos_encoding,
+            )
+        return features
+
+    def image_key_values(self, vision_embeds: torch.Tensor) -> tuple[KeyValues | None, ...]:
+        """vision_embeds (B, N, D) -> normalised, then keys and values for every cross-attention of the Q-Former."""
+        width = self.ln_vision.normalized_shape[0]
+        if vision_embeds.ndim != 3 or vision_embeds.shape[-1] != width:
+            raise ValueError(
+                f"vision_embeds must be (batch, positions, {width}), got shape {tuple(vision_embeds.shape)}. They must "
+                "come from this model's own vision tower."
+            )
+        return self.qformer.image_key_values(self.ln_vision(vision_embeds.to(self.ln_vision.weight.dtype)))
+
+    def vision_embeds_or_encode(
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_embeds: torch.Tensor | None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """The given features, or those of the given pixels; exactly one of the two."""
+        if (pixel_values is None) == (vision_embeds is None):
+            given = "neither" if pixel_values is None else "both"
+            raise ValueError(f"Pass either pixel_values or vision_embeds, got {given}.")
+        if vision_embeds is not None:
+            return vision_embeds
+        return self.get_vision_embeds(pixel_values, interpolate_pos_encoding)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        return_dict: bool | None = None,
+    ) -> Blip2xModelOutput | tuple:
+        """Query outputs of images.
+
+        Args:
+            pixel_values: (B, 3, height, width). vision_embeds: (B, N, D) in their place, skips the tower.
+            qformer_input_ids: (B, L) text that the queries attend to, for instruction-aware queries; with
+                qformer_attention_mask (B, L), all ones by default.
+            output_attentions: return weights; this call then uses eager attention, as sdpa has no weights to return.
+            interpolate_pos_encoding: for images of another size than the tower was trained on.
+
+        Raises:
+            ValueError: both or none of pixel_values and vision_embeds, or shapes that do not fit the tower.
+        """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        vision_embeds = self.vision_embeds_or_encode(pixel_values, vision_embeds, interpolate_pos_encoding)
+        image = self.image_key_values(vision_embeds)
+        queries = self.query_tokens(len(vision_embeds))
+        if qformer_input_ids is None:
+            out = self.qformer.encode_queries(queries, image, bool(output_attentions))
+        else:
+            if qformer_attention_mask is None:
+                qformer_attention_mask = torch.ones_like(qformer_input_ids)
+            out = self.qformer.encode_pairs(
+                queries, qformer_input_ids, qformer_attention_mask, image, bool(output_attentions)
+            )
+        output = Blip2xModelOutput(
+            last_hidden_state=out.hidden[:, : queries.shape[1]],
+            hidden_states=out.hidden_states if output_hidden_states else None,
+            attentions=out.attentions if output_attentions else None,
+            cross_attentions=out.cross_attentions if output_attentions else None,
+            vision_embeds=vision_embeds,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+__all__ = ["Blip2xModel", "Blip2xModelOutput", "Blip2xPreTrainedModel"]

@@ -1,0 +1,210 @@
+"""Stage 1: the Q-Former learns from image-text pairs by three objectives over one encoding (paper, section 3.2).
+
+    model = Blip2xForPreTraining.from_unimodal("openai/clip-vit-large-patch14", "google-bert/bert-base-uncased")
+    model.freeze_unimodal()
+    model(pixel_values=..., input_ids=..., attention_mask=...).loss.backward()
+
+Per batch: the image's keys and values once, queries once (ITC and, through their cached keys and values, ITG), text once
+alone (ITC) and once causally (ITG), and the pairs of ITM, whose images are indexed, not encoded again.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import ModelOutput
+
+from .building_blip2x import build_pretraining
+from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
+from .losses_blip2x import itc_loss, itg_loss
+from .qformer_blip2x import QFormer
+from .retrieval_blip2x import Blip2xImageTextModel, EncodedPairs, ItgHead
+
+
+@dataclass
+class Blip2xForPreTrainingOutput(ModelOutput):
+    """loss = loss_itc + loss_itm + loss_itg; logits (B, N) against the global batch, cosine / temperature."""
+
+    loss: torch.FloatTensor | None = None
+    loss_itc: torch.FloatTensor | None = None
+    loss_itm: torch.FloatTensor | None = None
+    loss_itg: torch.FloatTensor | None = None
+    itm_accuracy: torch.FloatTensor | None = None
+    temperature: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+
+
+class Blip2xForPreTraining(Blip2xImageTextModel):
+    """Stage-1 model. `config.objectives` names what is trained; the paper trains all three."""
+
+    _warned_of_single_pair = False
+
+    @classmethod
+    def from_unimodal(
+        cls,
+        vision_model: str | nn.Module,
+        qformer: str | Blip2xQFormerConfig | None = None,
+        *,
+        tokenizer: object | None = None,
+        num_query_tokens: int = 32,
+        image_text_hidden_size: int = 256,
+        vision_feature_layer: int = -1,
+        objectives: list[str] | None = None,
+    ) -> "Blip2xForPreTraining":
+        """Stage-1 model around a vision tower.
+
+        Args:
+            vision_model: id or folder of any transformers vision model, or a loaded one.
+            qformer: id or folder of a BERT checkpoint whose weights start the Q-Former (cross-attention, queries and
+                heads are new; the query feed-forward starts as a copy of BERT's), or a config for random weights;
+                None is a random BERT-base shape.
+            tokenizer: the Q-Former's, [DEC] included (`processor.tokenizer`): sets and checks vocabulary and special ids.
+            vision_feature_layer: hidden state of the tower to use; -1 its output, -2 the layer before.
+            objectives: any of itc, itm, itg; all by default.
+        """
+        return build_pretraining(
+            cls,
+            vision_model,
+            qformer,
+            tokenizer=tokenizer,
+            num_query_tokens=num_query_tokens,
+            image_text_hidden_size=image_text_hidden_size,
+            vision_feature_layer=vision_feature_layer,
+            **({} if objectives is None else {"objectives": objectives}),
+        )
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_ids: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        negative_seed: int | None = None,
+        negative_hardness: float = 1.0,
+        return_dict: bool | None = None,
+    ) -> Blip2xForPreTrainingOutput | tuple:
+        """The three losses of B image-text pairs, means over the global batch.
+
+        Args:
+            pixel_values: (B, 3, height, width), or vision_embeds (B, N, D) in their place.
+            input_ids, attention_mask: (B, L), [CLS] first; ITG replaces that token by [DEC].
+            image_ids: (B,); pairs with equal ids are positives of one another and never hard negatives.
+            negative_seed: makes the draw of hard negatives depend on this and the row's global number alone.
+            negative_hardness: negatives are drawn by softmax(negative_hardness * ITC logits): 1 is the paper, 0 draws
+                evenly. A model that starts from nothing needs easier ones first: those of the paper are as likely as
+                the match by all that ITC knows, which early on is all that ITM can know too.
+
+        Raises:
+            ValueError: no text, or numbers of images and texts that differ.
+        """
+        if input_ids is None:
+            raise ValueError("Stage 1 needs texts: input_ids is None. Pass the output of processor(images, text).")
+        pairs = self.encode_pairs(pixel_values, input_ids, attention_mask, vision_embeds)
+        if sum(pairs.sizes) == 1:
+            self._warn_of_single_pair()
+        contrast = self.contrast(pairs, image_ids)
+        losses = {}
+        if "itc" in self.config.objectives:
+            losses["loss_itc"] = itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
+        itm_accuracy = None
+        if "itm" in self.config.objectives:
+            losses["loss_itm"], itm_accuracy = self.match(pairs, contrast, negative_seed, negative_hardness)
+        if "itg" in self.config.objectives:
+            losses["loss_itg"] = self.generate_text_loss(pairs)
+        output = Blip2xForPreTrainingOutput(
+            loss=sum(losses.values()),
+            **losses,
+            itm_accuracy=itm_accuracy,
+            temperature=self.temperature.detach()[0],
+            logits_per_image=contrast.logits_per_image,
+            logits_per_text=contrast.logits_per_text,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def generate_text_loss(self, pairs: EncodedPairs) -> torch.Tensor:
+        """ITG: text after [DEC], given the queries. The vocabulary is computed for real tokens only, not for padding."""
+        start = torch.full_like(pairs.input_ids[:, :1], self.config.qformer_config.bos_token_id)
+        decoder_ids = torch.cat([start, pairs.input_ids[:, 1:]], dim=1)
+        hidden = self.model.qformer.decode_text(decoder_ids, pairs.attention_mask, pairs.query_output.key_values).hidden
+        is_target = pairs.attention_mask[:, 1:].bool()
+        logits = self.itg_head(hidden[:, :-1][is_target], self.get_input_embeddings().weight)
+        return itg_loss(logits, pairs.input_ids[:, 1:][is_target])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        max_new_tokens: int = 30,
+        **generation_arguments,
+    ) -> torch.Tensor:
+        """Captions by the ITG head, without a language model: ids (B, up to 1 + max_new_tokens), [DEC] first.
+
+        generation_arguments: those of transformers' generate (num_beams, do_sample, top_p, ...), checked by it.
+        """
+        vision_embeds = self.model.vision_embeds_or_encode(pixel_values, vision_embeds)
+        image = self.model.image_key_values(vision_embeds)
+        queries = self.model.qformer.encode_queries(self.model.query_tokens(len(vision_embeds)), image)
+        # One tensor (B, layers, 2, heads, Q, d): generate repeats tensors for beams, not tuples of them.
+        cached = torch.stack([torch.stack(kv, dim=1) for kv in queries.key_values], dim=1)
+        decoder = ItgDecoder(self.config.qformer_config, self.model.qformer, self.itg_head)
+        start = torch.full(
+            (len(vision_embeds), 1), self.config.qformer_config.bos_token_id, device=vision_embeds.device
+        )
+        return decoder.generate(
+            input_ids=start,
+            query_key_values=cached,
+            max_new_tokens=max_new_tokens,
+            use_cache=False,
+            **generation_arguments,
+        )
+
+    def _warn_of_single_pair(self) -> None:
+        if self.training and not Blip2xForPreTraining._warned_of_single_pair:
+            Blip2xForPreTraining._warned_of_single_pair = True
+            warnings.warn(
+                "The global batch is a single pair: ITC has nothing to contrast and ITM no negative, so ITM counts the "
+                "positive only. Raise per_device_train_batch_size.",
+                stacklevel=3,
+            )
+
+
+class ItgDecoder(PreTrainedModel, GenerationMixin):
+    """The Q-Former's causal text side as a model that transformers can generate with. Shares the weights, holds none.
+
+    Texts are short (32 tokens), so earlier text is computed again each step instead of being cached.
+    """
+
+    config: Blip2xQFormerConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: Blip2xQFormerConfig, qformer: QFormer, head: ItgHead):
+        super().__init__(config)
+        self.qformer = qformer
+        self.head = head
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        query_key_values: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutput:
+        """input_ids (B, L), query_key_values (B, layers, 2, heads, Q, d) -> logits (B, 1, vocabulary) of the next token."""
+        prefix = tuple((kv[:, 0], kv[:, 1]) for kv in query_key_values.unbind(dim=1))
+        attention_mask = torch.ones_like(input_ids)  # no padding: every text started with the same single token
+        hidden = self.qformer.decode_text(input_ids, attention_mask, prefix).hidden[:, -1:]
+        return CausalLMOutput(logits=self.head(hidden, self.qformer.embeddings.word_embeddings.weight))
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, query_key_values: torch.Tensor, **_) -> dict:
+        return {"input_ids": input_ids, "query_key_values": query_key_values}
+
+
+__all__ = ["Blip2xForPreTraining", "Blip2xConfig"]

@@ -1,0 +1,293 @@
+"""The Querying Transformer: one module, three objectives that differ in who may attend to whom (paper, figure 2).
+
+Queries and text share the self-attention; each has its own feed-forward; only queries cross-attend to the image. Three
+methods name the three masks:
+
+    encode_queries, encode_text   unimodal (ITC): queries see queries, text sees text
+    encode_pairs                  bidirectional (ITM, instruction-aware queries): everything sees everything
+    decode_text                   multimodal causal (ITG): text sees all queries and earlier text; queries see queries
+
+Two things are computed once and reused. Keys and values of the cross-attention depend on the image alone
+(`image_key_values`). And since queries never see text under the causal mask, their self-attention keys and values in
+ITG are those of ITC: `encode_queries` returns them and `decode_text` runs over the text only.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_blip2x import Blip2xQFormerConfig
+
+KeyValues = tuple[torch.Tensor, torch.Tensor]  # keys and values, (B, heads, length, head width) each
+
+
+@dataclass
+class QFormerOutput:
+    """hidden (B, L, H); key_values of the self-attention a layer; the rest only where asked for, else empty."""
+
+    hidden: torch.Tensor
+    key_values: tuple[KeyValues, ...] = ()
+    hidden_states: tuple[torch.Tensor, ...] = ()
+    attentions: tuple[torch.Tensor, ...] = ()
+    cross_attentions: tuple[torch.Tensor, ...] = ()
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention that also returns its weights. attention_mask: boolean, True where attention is allowed."""
+    scores = query @ key.transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class QFormerAttention(nn.Module):
+    """Multi-head attention with the residual and post-LayerNorm of BERT."""
+
+    def __init__(self, config: Blip2xQFormerConfig, key_value_size: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.is_causal = False  # read by transformers' sdpa: masks are always explicit here
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(key_value_size, config.hidden_size)
+        self.value = nn.Linear(key_value_size, config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, L, H) -> (B, heads, L, head width)."""
+        return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def key_values(self, states: torch.Tensor) -> KeyValues:
+        """Keys and values of states (B, L, key_value_size)."""
+        return self.split_heads(self.key(states)), self.split_heads(self.value(states))
+
+    def forward(
+        self, hidden: torch.Tensor, key_values: KeyValues, mask: torch.Tensor | None, return_weights: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden (B, L, H) attends to key_values (B, heads, S, d); mask boolean, broadcastable to (B, 1, L, S)."""
+        attend = eager_attention_forward if return_weights else self.attention_function()
+        context, weights = attend(
+            self,
+            self.split_heads(self.query(hidden)),
+            *key_values,
+            attention_mask=mask,
+            scaling=self.head_dim**-0.5,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+        )
+        context = context.flatten(-2)  # (B, L, heads, d) -> (B, L, H)
+        return self.layernorm(hidden + self.dropout(self.dense(context))), weights if return_weights else None
+
+    def attention_function(self) -> Callable:
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+
+class QFormerFeedForward(nn.Module):
+    """Feed-forward block with the residual and post-LayerNorm of BERT."""
+
+    def __init__(self, config: Blip2xQFormerConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layernorm(hidden + self.dropout(self.down(self.activation(self.up(hidden)))))
+
+
+class QFormerLayer(GradientCheckpointingLayer):
+    """Shared self-attention, cross-attention for queries (every n-th layer), one feed-forward each for queries and text."""
+
+    def __init__(self, config: Blip2xQFormerConfig, layer_idx: int):
+        super().__init__()
+        self.attention = QFormerAttention(config, config.hidden_size)
+        has_cross_attention = layer_idx % config.cross_attention_frequency == 0
+        self.crossattention = QFormerAttention(config, config.encoder_hidden_size) if has_cross_attention else None
+        self.query_feed_forward = QFormerFeedForward(config)
+        self.text_feed_forward = QFormerFeedForward(config) if config.use_qformer_text_input else None
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        num_queries: int,
+        mask: torch.Tensor | None,
+        image_key_values: KeyValues | None,
+        prefix_key_values: KeyValues | None,
+        return_weights: bool,
+    ) -> tuple[torch.Tensor, KeyValues, torch.Tensor | None, torch.Tensor | None]:
+        """hidden (B, L, H): the first num_queries positions are queries, the rest is text."""
+        own = self.attention.key_values(hidden)
+        seen = own
+        if prefix_key_values is not None:
+            seen = tuple(torch.cat([before, now], dim=2) for before, now in zip(prefix_key_values, own))
+        hidden, weights = self.attention(hidden, seen, mask, return_weights)
+
+        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        cross_weights, parts = None, []
+        if num_queries:
+            if self.crossattention is not None:
+                queries, cross_weights = self.crossattention(queries, image_key_values, None, return_weights)
+            parts.append(self.query_feed_forward(queries))
+        if hidden.shape[1] > num_queries:
+            parts.append(self.text_feed_forward(text))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], own, weights, cross_weights
+
+
+class QFormerTextEmbeddings(nn.Module):
+    """Word and absolute position embeddings. Their LayerNorm is the Q-Former's, which queries pass too."""
+
+    def __init__(self, config: Blip2xQFormerConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """input_ids (B, L) -> (B, L, H)."""
+        longest = self.position_embeddings.num_embeddings
+        if input_ids.shape[1] > longest:
+            raise ValueError(
+                f"The text for the Q-Former has {input_ids.shape[1]} tokens but max_position_embeddings is {longest}. "
+                "Truncate it (processor(..., truncation=True, max_length=...))."
+            )
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+
+class QueryTokens(nn.Module):
+    """The learned queries (Q, H). A module of its own, so that adapters can name it (PEFT's modules_to_save)."""
+
+    def __init__(self, num_query_tokens: int, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_query_tokens, hidden_size))
+
+    def forward(self, batch_size: int) -> torch.Tensor:
+        """-> (batch_size, Q, H)."""
+        return self.weight.expand(batch_size, -1, -1)
+
+
+class QFormer(PreTrainedModel):
+    """Querying Transformer (paper, section 3.1). Shapes: B batch, Q queries, L text length, N image positions, H width."""
+
+    config: Blip2xQFormerConfig
+    base_model_prefix = "qformer"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["QFormerLayer"]
+
+    def __init__(self, config: Blip2xQFormerConfig):
+        super().__init__(config)
+        self.embeddings = QFormerTextEmbeddings(config) if config.use_qformer_text_input else None
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList(QFormerLayer(config, idx) for idx in range(config.num_hidden_layers))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module | None:
+        return self.embeddings.word_embeddings if self.embeddings is not None else None
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.word_embeddings = value
+
+    def image_key_values(self, image_embeds: torch.Tensor) -> tuple[KeyValues | None, ...]:
+        """image_embeds (B, N, D) -> keys and values of each layer's cross-attention, None where a layer has none."""
+        return tuple(
+            layer.crossattention.key_values(image_embeds) if layer.crossattention is not None else None
+            for layer in self.layers
+        )
+
+    def encode_queries(
+        self, query_embeds: torch.Tensor, image_key_values: tuple[KeyValues | None, ...], return_weights: bool = False
+    ) -> QFormerOutput:
+        """Unimodal, image side: queries (B, Q, H) see each other and the image. Keeps key_values for `decode_text`."""
+        hidden = self.dropout(self.layernorm(query_embeds))
+        return self._run(hidden, query_embeds.shape[1], None, image_key_values, None, return_weights)
+
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> QFormerOutput:
+        """Unimodal, text side: text (B, L) sees text. attention_mask (B, L), 1 for tokens and 0 for padding."""
+        mask = attention_mask[:, None, None, :].bool()
+        return self._run(self._embed(input_ids), 0, mask, None, None, False)
+
+    def encode_pairs(
+        self,
+        query_embeds: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        image_key_values: tuple[KeyValues | None, ...],
+        return_weights: bool = False,
+    ) -> QFormerOutput:
+        """Bidirectional: queries and text see each other. Output (B, Q + L, H), queries first."""
+        num_queries = query_embeds.shape[1]
+        hidden = torch.cat([self.dropout(self.layernorm(query_embeds)), self._embed(input_ids)], dim=1)
+        queries_seen = attention_mask.new_ones(len(attention_mask), num_queries)
+        mask = torch.cat([queries_seen, attention_mask], dim=1)[:, None, None, :].bool()
+        return self._run(hidden, num_queries, mask, image_key_values, None, return_weights)
+
+    def decode_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, query_key_values: tuple[KeyValues, ...]
+    ) -> QFormerOutput:
+        """Multimodal causal: text (B, L) sees all queries, through their cached keys and values, and earlier text."""
+        length = input_ids.shape[1]
+        num_queries = query_key_values[0][0].shape[2]
+        causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
+        text_mask = causal[None, None] & attention_mask[:, None, None, :].bool()  # (B, 1, L, L)
+        mask = torch.cat([text_mask.new_ones(len(input_ids), 1, length, num_queries), text_mask], dim=-1)
+        return self._run(self._embed(input_ids), 0, mask, None, query_key_values, False)
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.embeddings is None:
+            raise ValueError(
+                "This Q-Former has no text branch (use_qformer_text_input=False), so it cannot read text. Load a "
+                "checkpoint that has one, or leave the text for the Q-Former out."
+            )
+        return self.dropout(self.layernorm(self.embeddings(input_ids)))
+
+    def _run(
+        self,
+        hidden: torch.Tensor,
+        num_queries: int,
+        mask: torch.Tensor | None,
+        image_key_values: tuple[KeyValues | None, ...] | None,
+        prefix: tuple[KeyValues, ...] | None,
+        return_weights: bool,
+    ) -> QFormerOutput:
+        none = (None,) * len(self.layers)
+        key_values, hidden_states, attentions, cross_attentions = [], [hidden], [], []
+        for layer, image, before in zip(self.layers, image_key_values or none, prefix or none):
+            hidden, own, weights, cross_weights = layer(hidden, num_queries, mask, image, before, return_weights)
+            key_values.append(own)
+            hidden_states.append(hidden)
+            attentions.append(weights)
+            if cross_weights is not None:
+                cross_attentions.append(cross_weights)
+        return QFormerOutput(
+            hidden=hidden,
+            key_values=tuple(key_values),
+            hidden_states=tuple(hidden_states),
+            attentions=tuple(attentions) if return_weights else (),
+            cross_attentions=tuple(cross_attentions),
+        )
+
+
+def select_images(image_key_values: tuple[KeyValues | None, ...], index: torch.Tensor) -> tuple[KeyValues | None, ...]:
+    """Rows `index` (pairs,) of every layer's image keys and values: images are indexed, never encoded again."""
+    return tuple(None if kv is None else (kv[0][index], kv[1][index]) for kv in image_key_values)
