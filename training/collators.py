@@ -1,0 +1,147 @@
+"""From dataset items to batches named as the model's arguments."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IGNORE = -100  # label that no loss counts
+
+
+def collate_images(items: list[dict], image_processor: Any, cropped: bool) -> dict[str, torch.Tensor]:
+    """`pixel_values` (B, 3, H, W), or `vision_embeds` (B, N, D) where the items come from a feature cache.
+
+    Images that augmentation has cropped to their size are only rescaled and normalised.
+    """
+    if "vision_embeds" in items[0]:
+        return {"vision_embeds": torch.stack([item["vision_embeds"] for item in items])}
+    as_they_are = {"do_resize": False, "do_center_crop": False} if cropped else {}
+    pixels = image_processor(images=[item["image"] for item in items], return_tensors="pt", **as_they_are)
+    return {"pixel_values": pixels["pixel_values"]}
+
+
+def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    """(B, longest) from id lists, padded on the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def cut(ids: list[int], end: int, max_length: int) -> list[int]:
+    """`ids` and the end token, or the first `max_length` ids: a text that was cut does not end there."""
+    return [*ids, end] if len(ids) < max_length else ids[:max_length]
+
+
+@dataclass
+class Stage1Collator:
+    """Images with captions as [CLS] text [SEP], padded to the longest of the batch.
+
+    `image_ids` tell the losses which rows show the same image.
+    """
+
+    image_processor: Any
+    tokenizer: Any
+    max_text_length: int
+    cropped: bool
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        text = self.tokenizer(
+            [item["text"] for item in items],
+            padding="longest",
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_text_length,
+            return_tensors="pt",
+        )
+        return {
+            **collate_images(items, self.image_processor, self.cropped),
+            "input_ids": text["input_ids"],
+            "attention_mask": text["attention_mask"],
+            "image_ids": torch.tensor([item["image_id"] for item in items]),
+        }
+
+
+@dataclass
+class CausalLMCollator:
+    """Stage 2 with a decoder-only LLM: image tokens, prompt, text, end. Text and end are supervised."""
+
+    image_processor: Any
+    tokenizer: Any
+    num_query_tokens: int
+    image_token_id: int
+    max_text_length: int
+    cropped: bool
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        input_ids, labels = zip(*[self.encode(item["prompt"], item["text"]) for item in items])
+        lengths = [len(ids) for ids in input_ids]
+        mask = [[1] * length for length in lengths]
+        filler = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        return {
+            **collate_images(items, self.image_processor, self.cropped),
+            "input_ids": pad(list(input_ids), filler),
+            "attention_mask": pad(mask, 0),
+            "labels": pad(list(labels), IGNORE),
+        }
+
+    def encode(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """Input ids and labels of one row; `max_text_length` counts prompt, text and end."""
+        prompt_ids = without_end(self.tokenizer(prompt)["input_ids"], self.tokenizer)
+        whole = without_end(self.tokenizer(f"{prompt} {text}" if prompt else text)["input_ids"], self.tokenizer)
+        # The tokenizer may join the prompt's end with the text's start: supervise from the first token that differs.
+        start = next((i for i, (a, b) in enumerate(zip(prompt_ids, whole)) if a != b), min(len(prompt_ids), len(whole)))
+        if start >= self.max_text_length:
+            raise ValueError(
+                f"The prompt {prompt!r} takes {start} of --max_text_length {self.max_text_length} tokens and "
+                "leaves none for the text. Raise --max_text_length."
+            )
+        ids = cut(whole, self.tokenizer.eos_token_id, self.max_text_length)
+        images = [self.image_token_id] * self.num_query_tokens
+        return images + ids, [IGNORE] * (len(images) + start) + ids[start:]
+
+
+@dataclass
+class Seq2SeqLMCollator:
+    """Stage 2 with an encoder-decoder LLM: image tokens and prompt to the encoder, text and end to the decoder.
+
+    Without a prompt this is prefix language modelling (section 3.2): the text is split at a random point between its
+    first token and its midpoint, the prefix goes to the encoder, the suffix to the decoder.
+    """
+
+    image_processor: Any
+    tokenizer: Any
+    num_query_tokens: int
+    image_token_id: int
+    max_text_length: int
+    cropped: bool
+
+    def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        inputs, labels = zip(*[self.encode(item["prompt"], item["text"], item["draw"]) for item in items])
+        mask = [[1] * len(ids) for ids in inputs]
+        return {
+            **collate_images(items, self.image_processor, self.cropped),
+            "input_ids": pad(list(inputs), self.tokenizer.pad_token_id),
+            "attention_mask": pad(mask, 0),
+            "labels": pad(list(labels), IGNORE),
+        }
+
+    def encode(self, prompt: str, text: str, draw: float) -> tuple[list[int], list[int]]:
+        """Encoder ids and labels of one row; `draw` in [0, 1) picks the split."""
+        end = self.tokenizer.eos_token_id
+        text_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        target = cut(text_ids, end, self.max_text_length)
+        if prompt:
+            prefix = self.tokenizer(prompt, add_special_tokens=False)["input_ids"][: self.max_text_length - 1]
+        else:
+            midpoint = min(len(text_ids), self.max_text_length) // 2
+            split = min(1 + int(draw * midpoint), midpoint)  # 1 .. midpoint; 0 for a text of one token
+            prefix, target = target[:split], target[split:]
+        return [self.image_token_id] * self.num_query_tokens + prefix + [end], target
+
+
+def without_end(ids: list[int], tokenizer: Any) -> list[int]:
+    """Drop the end token that some tokenizers add to every text."""
+    return (
+        ids[:-1]
+        if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
+        else ids
+    )

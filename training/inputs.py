@@ -1,0 +1,145 @@
+"""What both stages and the feature cache prepare alike: image processor, data sets, frozen tower, accelerator."""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from args import PretrainingArguments, save_arguments
+from checkpoint import clear_output_dir
+from data import CaptionDataset, load_features, load_rows, rows_fingerprint
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
+
+
+def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Accelerator:
+    """Accelerator and seeds, the same on every process until `seed_training`."""
+    accelerator = Accelerator(
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        # Frozen towers have buffers (BatchNorm) that never change: nothing to broadcast.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused_parameters)
+        ],
+    )
+    set_seed(args.seed)
+    return accelerator
+
+
+def open_output_dir(args: PretrainingArguments, accelerator: Accelerator) -> Path:
+    """Create the run's folder, or clear it to start over; write config.yaml as used, and start the trackers.
+
+    Called when data and model are ready: a mistake in the fields neither leaves a folder nor costs an earlier run.
+    """
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        if args.overwrite_output_dir:
+            clear_output_dir(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_arguments(args, output_dir / "config.yaml")
+    accelerator.wait_for_everyone()
+    if args.report_to != "none":
+        accelerator.init_trackers(output_dir.name)
+    return output_dir
+
+
+def read_stage1_config(folder: str) -> PreTrainedConfig:
+    """The config of a stage-1 checkpoint; raises ValueError if `folder` holds anything else."""
+    config = AutoConfig.from_pretrained(folder)
+    if config.model_type != "blip2x" or config.text_config is not None:
+        kind = "a stage-2 model" if config.model_type == "blip2x" else f"a {config.model_type} model"
+        raise ValueError(f"--init_from {folder} holds {kind}. Give the output folder of pretrain_stage1.py.")
+    return config
+
+
+def load_image_processor(source: str, image_size: int | None):
+    """The image processor of a tower or checkpoint folder; `image_size` resizes to that square without cropping."""
+    try:
+        loaded = AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{source} has no image processor ({error}). Give a folder or id with preprocessor_config.json."
+        ) from error
+    if image_size is not None:
+        loaded.size = (
+            type(loaded.size)(height=image_size, width=image_size)
+            if not isinstance(loaded.size, dict)
+            else {"height": image_size, "width": image_size}
+        )
+        loaded.do_center_crop = False
+    return loaded
+
+
+def output_size(image_processor) -> tuple[int, int]:
+    """(height, width) of the pixels an image processor gives."""
+    crop = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", False) else None
+    size = dict(crop or image_processor.size)
+    side = size.get("shortest_edge")
+    height, width = size.get("height") or side, size.get("width") or side
+    if not height or not width:
+        raise ValueError(f"The image processor's size {size} does not tell height and width. Pass --image_size.")
+    return height, width
+
+
+def load_dataset_split(
+    args: PretrainingArguments,
+    accelerator: Accelerator,
+    split: str,
+    crop_size: tuple[int, int] | None,
+    draw_text: bool,
+    prompt: str = "",
+    prompt_column: str | None = None,
+) -> CaptionDataset:
+    """One split as a CaptionDataset; the main process reads first, so that others find datasets' cache."""
+    with accelerator.main_process_first():
+        rows = load_rows(args.dataset, split)
+    folder = Path(args.dataset).parent if Path(args.dataset).is_file() else None
+    return CaptionDataset(
+        rows,
+        image_column=args.image_column,
+        text_column=args.text_column,
+        prompt_column=prompt_column,
+        prompt=prompt,
+        clean_captions=args.clean_captions,
+        folder=folder,
+        seed=args.seed,
+        crop_size=crop_size,
+        draw_text=draw_text,
+    )
+
+
+def tower_fingerprint(tower: torch.nn.Module, feature_layer: int, image_processor) -> dict[str, str | int]:
+    """What the features of an image depend on: weights, layer and preprocessing."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    preprocessing = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
+    return {
+        "weights": weights.hexdigest()[:16],
+        "vision_feature_layer": feature_layer,
+        "preprocessing": hashlib.sha256(preprocessing.encode()).hexdigest()[:16],
+    }
+
+
+def use_feature_cache(folder: str, model: torch.nn.Module, image_processor, splits: dict[str, CaptionDataset]) -> None:
+    """Let data sets give cached features instead of images, after checking that they belong to this tower and data."""
+    fingerprint = tower_fingerprint(model.shared_model.vision_model, model.config.vision_feature_layer, image_processor)
+    for split, dataset in splits.items():
+        images = rows_fingerprint(dataset.images, dataset.image_column)
+        dataset.use_features(load_features(folder, split, {**fingerprint, "images": images}))
+
+
+def count_steps(args: PretrainingArguments, num_rows: int, num_processes: int) -> int:
+    """Optimiser steps of the run: max_steps, or as many as num_train_epochs passes over the rows take."""
+    samples = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
+    return args.max_steps or max(1, math.ceil(args.num_train_epochs * num_rows / samples))
+
+
+def seed_training(seed: int, accelerator: Accelerator) -> None:
+    """From here on random numbers (dropout) differ between processes."""
+    set_seed(seed, device_specific=True)

@@ -1,0 +1,191 @@
+"""Validation of both stages: losses, image-text matching and retrieval; token accuracy."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from collators import Stage1Collator
+from data import CaptionDataset
+from loop import MEASURED
+
+
+@torch.no_grad()
+def mean_losses(
+    accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[dict], forward_inputs: Callable[[int], dict]
+) -> dict[str, float]:
+    """Means over batches of the losses and ITM accuracy, as eval_NAME.
+
+    All processes call it with as many batches: the losses of stage 1 span processes.
+    """
+    model.eval()
+    sums, count = {}, 0
+    for number, batch in enumerate(batches):
+        outputs = model(**send_to_device(batch, accelerator.device), **forward_inputs(number))
+        for name in MEASURED:
+            if outputs.get(name) is not None:
+                sums[name] = sums.get(name, 0.0) + outputs[name].float()
+        count += 1
+    return {f"eval_{name}": accelerator.reduce(total / count, "mean").item() for name, total in sums.items()}
+
+
+@torch.no_grad()
+def token_accuracy(accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[dict]) -> dict[str, float]:
+    """Stage 2: loss and share of supervised tokens that the LLM ranks first, over all tokens of the batches."""
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, tokens
+    for batch in batches:
+        batch = send_to_device(batch, accelerator.device)
+        outputs = model(**batch)
+        labels, logits = batch["labels"], outputs.logits
+        if logits.shape[1] != labels.shape[1] or not accelerator.unwrap_model(model).config.is_encoder_decoder:
+            labels, logits = labels[:, 1:], logits[:, -labels.shape[1] : -1]  # decoder-only: predict the next token
+        counted = labels != -100
+        correct = ((logits.argmax(-1) == labels) & counted).sum()
+        tokens = counted.sum()
+        totals += torch.stack(
+            [outputs.loss.double().cpu() * tokens.cpu(), correct.double().cpu(), tokens.double().cpu()]
+        )
+    loss, correct, tokens = accelerator.reduce(totals.to(accelerator.device, torch.float32), "sum").tolist()
+    return {"eval_loss": loss / max(tokens, 1), "eval_token_accuracy": correct / max(tokens, 1)}
+
+
+class RetrievalSet:
+    """Images and all their captions, encoded once: vision features in memory, ITC features, token ids.
+
+    `owner` (M,) is the image of each caption.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        dataset: CaptionDataset,
+        collator: Stage1Collator,
+        device: torch.device,
+        batch_size: int = 64,
+    ):
+        model.eval()
+        self.model, self.device, self.batch_size = model, device, batch_size
+        self.owner = torch.tensor([row for row, texts in enumerate(dataset.texts) for _ in texts])
+        texts = [text for row in dataset.texts for text in row]
+        encoded = collator.tokenizer(
+            texts,
+            padding="longest",
+            padding_side="right",
+            truncation=True,
+            max_length=collator.max_text_length,
+            return_tensors="pt",
+        )
+        self.input_ids, self.attention_mask = encoded["input_ids"], encoded["attention_mask"]
+        self.image_inputs, images = [], []
+        for start in range(0, len(dataset), batch_size):
+            batch = collator([dataset[0, row] for row in range(start, min(start + batch_size, len(dataset)))])
+            embeds = batch.get("vision_embeds")
+            if embeds is None:
+                embeds = model.shared_model.get_vision_embeds(batch["pixel_values"].to(device)).cpu()
+            self.image_inputs.append(embeds)
+            images.append(model.get_image_features(vision_embeds=embeds.to(device)).pooler_output)
+        self.image_inputs = torch.cat(self.image_inputs)
+        features = [
+            model.get_text_features(**self.text(torch.arange(start, min(start + batch_size, len(texts))))).pooler_output
+            for start in range(0, len(texts), batch_size)
+        ]
+        self.cosines = model.itc_scores(torch.cat(images), torch.cat(features)).float().cpu()  # (N, M)
+
+    def text(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Token ids and mask of captions, cut to the longest of them."""
+        longest = int(self.attention_mask[rows].sum(1).max())
+        return {
+            "input_ids": self.input_ids[rows, :longest].to(self.device),
+            "attention_mask": self.attention_mask[rows, :longest].to(self.device),
+        }
+
+    @torch.no_grad()
+    def match_logits(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """ITM logits (pairs, 2) of image rows with text rows. Pairs of an image go together, so it is encoded once."""
+        logits = torch.empty(len(images), 2)
+        for rows in images.argsort(stable=True).split(8 * self.batch_size):
+            used, index = images[rows].unique(return_inverse=True)
+            logits[rows] = (
+                self.model.itm_logits(
+                    vision_embeds=self.image_inputs[used].to(self.device),
+                    image_index=index.to(self.device),
+                    **self.text(texts[rows]),
+                )
+                .float()
+                .cpu()
+            )
+        return logits
+
+
+def recall_at_k(scores: torch.Tensor, owner: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """R@K in percent both ways from scores (N images, M texts); `owner` (M,) is the image of each text.
+
+    Image-to-text counts an image when any of its texts is among the first K.
+    """
+    recalls = {}
+    text_order = scores.argsort(dim=1, descending=True)
+    image_rank_of_text = (scores > scores[owner, torch.arange(len(owner))]).sum(dim=0)
+    hits = owner[text_order] == torch.arange(len(scores))[:, None]
+    for k in ks:
+        recalls[f"i2t_r{k}"] = 100 * hits[:, :k].any(dim=1).float().mean().item()
+        recalls[f"t2i_r{k}"] = 100 * (image_rank_of_text < k).float().mean().item()
+    return recalls
+
+
+def rerank(data: RetrievalSet, k: int, temperature: float) -> dict[str, float]:
+    """R@K after re-ranking each query's k best by ITC, in three modes.
+
+    itm: match logit (the paper). itm+itc: match logit + cosine (LAVIS). itm+logits: match log-odds + ITC logit, that is
+    cosine / temperature. ITM is trained against negatives drawn by softmax of the ITC logits, so its log-odds tend to
+    what ITC does not know yet, and the two add up; the first two modes rely on ITM having learnt everything anew.
+    """
+    cosines = data.cosines
+    k_texts, k_images = min(k, cosines.shape[1]), min(k, cosines.shape[0])
+    texts_of_image, images_of_text = cosines.topk(k_texts, dim=1).indices, cosines.topk(k_images, dim=0).indices
+    shortlists = {
+        "i2t": torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, texts_of_image, True),
+        "t2i": torch.zeros_like(cosines, dtype=torch.bool).scatter_(0, images_of_text, True),
+    }
+    images, texts = (shortlists["i2t"] | shortlists["t2i"]).nonzero(as_tuple=True)
+    no_match, match = data.match_logits(images, texts).unbind(1)
+    logits, odds = torch.zeros_like(cosines), torch.zeros_like(cosines)
+    logits[images, texts], odds[images, texts] = match, match - no_match
+    results = {}
+    for mode, scores in (("itm", logits), ("itm+itc", logits + cosines), ("itm+logits", odds + cosines / temperature)):
+        for way, shortlist in shortlists.items():
+            # Everything outside the shortlist keeps its ITC order below it.
+            recalls = recall_at_k(torch.where(shortlist, scores, cosines - 1e4), data.owner)
+            results |= {f"{name}_{mode}": value for name, value in recalls.items() if name.startswith(way)}
+    return results
+
+
+def matching_accuracy(data: RetrievalSet, batch_size: int, temperature: float, seed: int) -> dict[str, float]:
+    """Balanced accuracy of ITM: mean of the accuracies on matching and on other pairs; 0.5 is a constant predictor.
+
+    One caption per image; within batches of `batch_size` each text gets a random other image, and a hard one drawn by
+    softmax of the ITC similarity as in training.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    first_text = torch.tensor([int((data.owner == image).nonzero()[0]) for image in range(len(data.cosines))])
+    hard, random = [], []
+    for images in torch.randperm(len(first_text), generator=generator).split(batch_size):
+        if len(images) > 1:
+            similarity = data.cosines[images][:, first_text[images]].T / temperature  # (texts, images)
+            weights = similarity.fill_diagonal_(-torch.inf).softmax(dim=1)
+            hard += list(
+                zip(
+                    images[torch.multinomial(weights, 1, generator=generator)[:, 0]].tolist(),
+                    first_text[images].tolist(),
+                )
+            )
+            random += list(zip(images.roll(1).tolist(), first_text[images].tolist()))
+    matched = data.match_logits(torch.arange(len(first_text)), first_text).argmax(1).float().mean().item()
+    results = {}
+    for name, pairs in (("hard", hard), ("random", random)):
+        if pairs:
+            logits = data.match_logits(*torch.tensor(pairs).unbind(1))
+            refused = 1 - logits.argmax(1).float().mean().item()
+            results[f"itm_balanced_accuracy_{name}"] = (matched + refused) / 2
+    return results
