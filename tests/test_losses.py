@@ -1,0 +1,95 @@
+"""The three losses against definitions written out by hand, and the draw of hard negatives."""
+
+import math
+
+import pytest
+import torch
+
+from modeling_blip2x.losses_blip2x import (
+    draw_hard_negatives,
+    image_text_similarity,
+    itc_loss,
+    itg_loss,
+    itm_loss,
+    itm_pairs,
+    positive_pairs,
+    uniform_numbers,
+)
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_similarity_takes_the_best_query():
+    images, texts = random(3, 5, 8), random(4, 8, seed=1)
+    by_hand = [[max(float(q @ t) for q in image) for t in texts] for image in images]
+    assert torch.allclose(image_text_similarity(images, texts), torch.tensor(by_hand), atol=1e-5)
+
+
+def test_itc_equals_cross_entropy_with_label_smoothing():
+    logits, rows = random(4, 4), torch.arange(4)
+    ours = itc_loss(logits, logits.T, positive_pairs(rows, rows))
+    reference = torch.nn.functional.cross_entropy
+    expected = (reference(logits, rows, label_smoothing=0.1) + reference(logits.T, rows, label_smoothing=0.1)) / 2
+    assert torch.allclose(ours, expected, atol=1e-6)
+
+
+def test_itc_spreads_the_target_over_equal_images():
+    ids = torch.tensor([7, 7, 9])
+    logits = random(3, 3)
+    target = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]) * 0.9 + 0.1 / 3
+    expected = -sum((target * side.log_softmax(1)).sum(1).mean() for side in (logits, logits.T)) / 2
+    assert torch.allclose(itc_loss(logits, logits.T, positive_pairs(ids, ids)), expected, atol=1e-6)
+
+
+def test_hard_negatives_follow_the_similarity_and_are_never_positives():
+    ids = torch.tensor([1, 1, 2, 3])
+    logits = torch.tensor([[9.0, 9.0, 2.0, 1.0]]).repeat(4, 1)
+    positives = positive_pairs(ids, ids)
+    draws = torch.stack([draw_hard_negatives(logits, positives, torch.rand(4)) for _ in range(4000)])
+    assert not positives.gather(1, draws.T).any()
+    share = (draws[:, 0] == 2).float().mean().item()
+    assert share == pytest.approx(math.e / (1 + math.e), abs=0.03)
+
+
+def test_rows_without_negatives_are_left_out():
+    ids = torch.tensor([5, 5])
+    positives = positive_pairs(ids, ids)
+    none = draw_hard_negatives(random(2, 2), positives, torch.rand(2))
+    assert none.tolist() == [-1, -1]
+    pairs = itm_pairs(torch.arange(2), none, none)
+    assert pairs.labels.tolist() == [1, 1]
+    loss, accuracy = itm_loss(random(2, 2), pairs.labels)
+    assert torch.isfinite(loss) and 0 <= accuracy <= 1
+
+
+def test_seeded_numbers_depend_on_seed_and_row_alone():
+    whole = uniform_numbers(0, 8, seed=3, device="cpu")
+    assert torch.equal(whole[5:], uniform_numbers(5, 3, seed=3, device="cpu"))
+    assert torch.equal(whole[:2], uniform_numbers(0, 2, seed=3, device="cpu"))
+    assert not torch.equal(whole, uniform_numbers(0, 8, seed=4, device="cpu"))
+    torch.manual_seed(0)
+    first = uniform_numbers(0, 8, seed=None, device="cpu")
+    torch.manual_seed(0)
+    assert torch.equal(first, uniform_numbers(0, 8, seed=None, device="cpu"))
+
+
+def test_pairs_are_positives_then_negative_images_then_negative_texts():
+    pairs = itm_pairs(torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([1, -1]))
+    assert pairs.image_index.tolist() == [0, 1, 1, 0, 0]
+    assert pairs.text_index.tolist() == [0, 1, 0, 1, 1]
+    assert pairs.labels.tolist() == [1, 1, 0, 0, 0]
+
+
+def test_constant_itm_predictor_is_the_known_plateau():
+    """At one positive to two negatives, always answering with the base rate costs 0.6365."""
+    logits = torch.tensor([[2 / 3, 1 / 3]]).log().repeat(3, 1)
+    loss, accuracy = itm_loss(logits, torch.tensor([1, 0, 0]))
+    assert loss.item() == pytest.approx(0.6365, abs=1e-4) and accuracy.item() == pytest.approx(2 / 3)
+
+
+def test_itg_is_smoothed_cross_entropy_over_tokens():
+    logits, labels = random(5, 11), torch.tensor([0, 3, 10, 4, 4])
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    assert torch.allclose(itg_loss(logits, labels), expected, atol=1e-6)

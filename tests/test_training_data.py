@@ -1,0 +1,236 @@
+"""Data: clear errors for bad rows, order of samples, collators, caption clean-up, schedule."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+import trim_bert
+from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
+from data import BatchOrder, CaptionDataset, load_features, load_rows
+from optim import build_optimizer, learning_rate_at
+from PIL import Image
+from pretrain_stage1 import hardness_at
+from tiny import batch, bert_tokenizer, llm_tokenizer, stage1
+from training_parts import make_image_folder
+from transformers import BertConfig, BertModel
+from transforms import augment_image, clean_caption
+from vocabulary import build_tokenizer, load_qformer_tokenizer
+
+COLUMNS = {"image_column": "image", "text_column": "captions"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_image_folder(tmp_path_factory.mktemp("data"), {"train": 6})
+
+
+def json_rows(tmp_path, rows):
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return load_rows(str(tmp_path / "rows.json"), "train")
+
+
+def test_missing_dataset_split_and_column_are_named(tmp_path, folder):
+    with pytest.raises(ValueError, match="nowhere: there is no such file"):
+        load_rows(str(tmp_path / "nowhere"), "train")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty folder"):
+        load_rows(str(tmp_path / "empty"), "train")
+    with pytest.raises(ValueError, match="split 'test' cannot be read"):
+        load_rows(str(folder), "test")
+    with pytest.raises(ValueError, match=r"--text_column is 'caption'.*Did you mean 'captions'"):
+        CaptionDataset(load_rows(str(folder), "train"), image_column="image", text_column="caption")
+
+
+@pytest.mark.parametrize(
+    "caption, part",
+    [("  ", "empty caption"), (" .!", "empty caption"), ([], "must hold a text"), (None, "must hold a text")],
+)
+def test_bad_captions_name_the_row(tmp_path, caption, part):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = json_rows(
+        tmp_path,
+        [
+            {"image": "a.png", "captions": "good" if isinstance(caption, str) else ["good"]},
+            {"image": "a.png", "captions": caption},
+        ],
+    )
+    with pytest.raises(ValueError, match=f"Row 1.*{part}"):
+        CaptionDataset(rows, folder=tmp_path, **COLUMNS)
+
+
+def test_missing_and_broken_images_name_row_and_path(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"1 image\(s\) are missing, the first: row 1: .*b.png"):
+        CaptionDataset(
+            json_rows(tmp_path, [{"image": f, "captions": "x"} for f in ("a.png", "b.png")]), folder=tmp_path, **COLUMNS
+        )
+    dataset = CaptionDataset(
+        json_rows(tmp_path, [{"image": "broken.png", "captions": "x"}]), folder=tmp_path, **COLUMNS
+    )
+    with pytest.raises(ValueError, match=r"row 0 \(.*broken.png\) cannot be read"):
+        dataset[0, 0]
+
+
+def test_one_caption_is_drawn_each_visit_reproducibly(folder):
+    rows = load_rows(str(folder), "train")
+    first, second = (CaptionDataset(rows, seed=3, crop_size=(28, 28), **COLUMNS) for _ in range(2))
+    drawn = [first[epoch, 0] for epoch in range(12)]
+    assert {item["text"] for item in drawn} == set(first.texts[0])
+    again = second[5, 0]
+    assert again["text"] == drawn[5]["text"] and np.array_equal(again["image"], drawn[5]["image"])
+    assert not np.array_equal(drawn[0]["image"], drawn[1]["image"])
+
+
+def test_order_of_samples_does_not_depend_on_processes_or_interruption():
+    whole = [key for batch in BatchOrder(7, 4, 6, seed=1) for key in batch]
+    ranks = [list(BatchOrder(7, 2, 6, seed=1, rank=rank, num_processes=2)) for rank in range(2)]
+    assert [key for pair in zip(*ranks) for batch in pair for key in batch] == whole
+    assert [key for batch in BatchOrder(7, 4, 3, seed=1, samples_seen=12) for key in batch] == whole[12:]
+    assert sorted(row for epoch, row in whole if epoch == 1) == list(range(7))
+    assert [row for epoch, row in whole if epoch == 0] != [row for epoch, row in whole if epoch == 1]
+
+
+def test_clean_caption_follows_the_paper():
+    assert clean_caption('A "Dog", isn\'t it?  (Yes!) #1: a*b; c~d.') == "a dog , isn't it? yes 1 a b c d"
+    assert len(clean_caption("word " * 60).split()) == 50
+
+
+def test_augmentation_gives_the_size_for_any_shape():
+    for shape in ((500, 20), (20, 500), (30, 40), (1, 1)):
+        assert augment_image(Image.new("RGB", shape), (28, 32), random.Random(0)).size == (32, 28)
+
+
+def test_built_vocabulary_spells_rare_words():
+    tokenizer = build_tokenizer(["a dog runs", "a dog sits", "a zebra"], min_count=2)
+    assert tokenizer.bos_token == "[DEC]" and tokenizer.unk_token_id not in tokenizer("a zebra runs").input_ids
+    assert tokenizer.decode(tokenizer("a zebra").input_ids, skip_special_tokens=True) == "a zebra"
+    assert tokenizer.convert_ids_to_tokens(tokenizer("dog").input_ids) == ["[CLS]", "dog", "[SEP]"]
+
+
+def items(*texts, prompt="", draw=0.5):
+    return [
+        {"text": text, "prompt": prompt, "image_id": i, "draw": draw, "vision_embeds": torch.zeros(3, 4)}
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_stage1_batch():
+    batch = Stage1Collator(None, build_tokenizer(["a dog runs"], 1), 4, cropped=False)(items("a", "a dog runs"))
+    assert batch["input_ids"].shape == (2, 4) and batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["image_ids"].tolist() == [0, 1] and batch["vision_embeds"].shape == (2, 3, 4)
+
+
+def test_causal_labels_cover_text_and_end_only():
+    tokenizer = llm_tokenizer()
+    collate = CausalLMCollator(None, tokenizer, num_query_tokens=2, image_token_id=99, max_text_length=8, cropped=False)
+    batch = collate(items("a dog", "a dog runs", prompt="a photo of"))
+    ids, labels = batch["input_ids"], batch["labels"]
+    bos, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prompt, text = (
+        tokenizer("a photo of", add_special_tokens=False).input_ids,
+        tokenizer("a dog", add_special_tokens=False).input_ids,
+    )
+    assert ids[0].tolist() == [99, 99, bos, *prompt, *text, end, tokenizer.pad_token_id]
+    assert labels[0].tolist() == [-100] * 6 + [*text, end, -100]
+    assert batch["attention_mask"][0].tolist() == [1] * 9 + [0]
+    with pytest.raises(ValueError, match="leaves none for the text"):
+        collate(items("a", prompt="a photo of a dog runs a photo of"))
+
+
+def test_a_cut_text_has_no_end():
+    tokenizer = llm_tokenizer()
+    collate = CausalLMCollator(None, tokenizer, 1, 99, max_text_length=3, cropped=False)
+    assert tokenizer.eos_token_id not in collate(items("a dog runs"))["labels"]
+    assert tokenizer.eos_token_id in collate(items("a"))["labels"]
+
+
+def test_prefix_language_modelling_splits_before_the_midpoint():
+    tokenizer = llm_tokenizer(bos=False)
+    collate = Seq2SeqLMCollator(
+        None, tokenizer, num_query_tokens=1, image_token_id=99, max_text_length=32, cropped=False
+    )
+    text = tokenizer("a dog runs a photo of", add_special_tokens=False).input_ids
+    end, seen = tokenizer.eos_token_id, set()
+    for draw in np.linspace(0, 0.999, 20):
+        batch = collate(items("a dog runs a photo of", draw=float(draw)))
+        prefix, target = batch["input_ids"][0].tolist()[1:-1], batch["labels"][0].tolist()
+        assert prefix + target == [*text, end] and batch["input_ids"][0, -1] == end
+        seen.add(len(prefix))
+    assert seen == {1, 2, 3}
+    batch = collate(items("a dog", prompt="a photo of"))
+    assert batch["labels"][0].tolist() == [*tokenizer("a dog", add_special_tokens=False).input_ids, end]
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine():
+    rate = [learning_rate_at(step, max_steps=100, warmup_steps=10, peak=1e-4, floor=1e-5) for step in range(101)]
+    assert rate[0] == pytest.approx(1e-6) and rate[5] == pytest.approx(5.05e-5) and rate[10] == pytest.approx(1e-4)
+    assert rate[55] == pytest.approx(5.5e-5) and rate[100] == pytest.approx(1e-5)
+    assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
+
+
+def test_no_weight_decay_on_vectors():
+    optimizer = build_optimizer(
+        torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3)),
+        learning_rate=1e-4,
+        weight_decay=0.05,
+        betas=(0.9, 0.98),
+    )
+    for group in optimizer.param_groups:
+        assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_a_cache_of_other_weights_is_refused(tmp_path):
+    np.save(tmp_path / "train.npy", np.zeros((2, 3, 4), np.float16))
+    (tmp_path / "train.json").write_text(json.dumps({"weights": "abc", "images": "x"}))
+    assert load_features(str(tmp_path), "train", {"weights": "abc"}).shape == (2, 3, 4)
+    with pytest.raises(ValueError, match="weights: cache 'abc', now 'def'"):
+        load_features(str(tmp_path), "train", {"weights": "def"})
+    with pytest.raises(ValueError, match="no whole cache of split 'validation'"):
+        load_features(str(tmp_path), "validation", {})
+
+
+def test_negatives_become_hard_over_the_given_steps():
+    assert [hardness_at(step, 4) for step in (0, 2, 4, 9)] == [0.0, 0.5, 1.0, 1.0] and hardness_at(0, 0) == 1.0
+    model, data = stage1().eval(), batch(rows=8)
+    losses = {
+        hardness: model(**data, negative_seed=1, negative_hardness=hardness).loss_itm.item()
+        for hardness in (0.0, 1.0, 100.0)
+    }
+    assert losses[0.0] != losses[100.0] and losses[1.0] == model(**data, negative_seed=1).loss_itm.item()
+
+
+def test_trimmed_bert_reads_the_captions_as_before(tmp_path, folder):
+    torch.manual_seed(0)
+    tokenizer = bert_tokenizer()
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    bert = BertModel(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=16, **sizes)).eval()
+    bert.save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    flags = [
+        "--bert",
+        tmp_path / "bert",
+        "--dataset",
+        folder,
+        "--text_column",
+        "captions",
+        "--output_dir",
+        tmp_path / "small",
+    ]
+    trim_bert.main([str(flag) for flag in flags])
+    smaller, words = (
+        BertModel.from_pretrained(tmp_path / "small").eval(),
+        load_qformer_tokenizer(str(tmp_path / "small")),
+    )
+    assert smaller.config.vocab_size < bert.config.vocab_size and words.bos_token == "[DEC]"
+    with torch.no_grad():
+        before, after = (
+            model(**tok("a red square on the left", return_tensors="pt")).last_hidden_state
+            for model, tok in ((bert, tokenizer), (smaller, words))
+        )
+    assert torch.equal(before, after)
+    trim_bert.main([*map(str, flags), "--num_layers", "1", "--dropout", "0"])
+    config = BertConfig.from_pretrained(tmp_path / "small")
+    assert config.num_hidden_layers == 1 and config.hidden_dropout_prob == 0

@@ -1,0 +1,330 @@
+"""The scripts themselves, on twenty generated images: both stages, resuming, faults, LoRA, feature cache."""
+
+import json
+import shutil
+from pathlib import Path
+
+import cache_features
+import pretrain_stage1
+import pretrain_stage2
+import pytest
+import torch
+from data import load_rows
+from loop import stop_unless_finite
+from safetensors.torch import load_file
+from tiny import image
+from training_parts import make_image_folder, make_language_model, make_vision_model
+from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
+
+from modeling_blip2x.pretraining_blip2x import Blip2xForPreTrainingOutput
+
+QFORMER = json.dumps(
+    {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "max_position_embeddings": 64,
+    }
+)
+COMMON = [
+    "--text_column",
+    "captions",
+    "--per_device_train_batch_size",
+    "4",
+    "--warmup_steps",
+    "2",
+    "--logging_steps",
+    "1",
+    "--learning_rate",
+    "1e-3",
+    "--save_steps",
+    "5",
+]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """Folder with data/, tower/, and a finished stage 1 in stage1/."""
+    root = tmp_path_factory.mktemp("training")
+    make_image_folder(root / "data", {"train": 20, "validation": 6})
+    make_vision_model(root / "tower")
+    stage1(
+        root,
+        root / "stage1",
+        "--max_steps",
+        "6",
+        "--eval_split",
+        "validation",
+        "--eval_steps",
+        "3",
+        "--save_total_limit",
+        "1",
+    )
+    return root
+
+
+def stage1(parts: Path, out: Path, *flags: str) -> list[dict]:
+    """Run stage 1; returns the lines of metrics.jsonl."""
+    pretrain_stage1.main(
+        [
+            *COMMON,
+            "--dataset",
+            str(parts / "data"),
+            "--vision_model",
+            str(parts / "tower"),
+            "--output_dir",
+            str(out),
+            "--qformer_config",
+            QFORMER,
+            "--num_query_tokens",
+            "4",
+            "--image_text_hidden_size",
+            "16",
+            "--min_word_count",
+            "1",
+            "--rerank_k",
+            "3",
+            *flags,
+        ]
+    )
+    return metrics(out)
+
+
+def stage2(parts: Path, out: Path, llm: str, *flags: str) -> list[dict]:
+    folder = parts / llm
+    if not folder.exists():
+        make_language_model(folder, llm)
+    pretrain_stage2.main(
+        [
+            *COMMON,
+            "--dataset",
+            str(parts / "data"),
+            "--init_from",
+            str(parts / "stage1"),
+            "--language_model",
+            str(folder),
+            "--output_dir",
+            str(out),
+            *flags,
+        ]
+    )
+    return metrics(out)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in ("samples_per_second", "peak_memory_mb")} for line in lines]
+
+
+def interrupted_after(step: int, monkeypatch):
+    """Let the next run die right after the checkpoint of `step`."""
+    import loop
+
+    save = loop.save_step
+
+    def save_and_die(output_dir, number, *rest):
+        save(output_dir, number, *rest)
+        if number == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_step", save_and_die)
+
+
+def test_stage1_run_folder_is_complete(parts, capsys):
+    out = parts / "stage1"
+    lines = metrics(out)
+    training, validation = [line for line in lines if "lr" in line], [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6] and [line["step"] for line in validation] == [3, 6]
+    assert training[0].keys() >= {
+        "loss",
+        "loss_itc",
+        "loss_itm",
+        "loss_itg",
+        "lr",
+        "temperature",
+        "itm_accuracy",
+        "samples_per_second",
+        "peak_memory_mb",
+    }
+    assert validation[0].keys() >= {"i2t_r1", "t2i_r10", "itm_balanced_accuracy_hard"} and "i2t_r1_itm" in validation[1]
+    assert training[0]["loss"] == pytest.approx(
+        sum(training[0][f"loss_{part}"] for part in ("itc", "itm", "itg")), abs=1e-4
+    )
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step_6"]
+    model, processor = AutoModelForPreTraining.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    batch = processor(images=[image()], text=["a red square"], return_tensors="pt")
+    assert torch.isfinite(model(**batch).loss)
+    tower = load_file(parts / "tower" / "model.safetensors")
+    saved = load_file(out / "model.safetensors")
+    frozen = {
+        name.removeprefix("model.vision_model."): tensor for name, tensor in saved.items() if ".vision_model." in name
+    }
+    same = [
+        name
+        for name in frozen
+        if any(name.endswith(other) and torch.equal(frozen[name], tower[other]) for other in tower)
+    ]
+    assert len(same) == len(frozen) > 10, "the frozen tower has changed"
+
+    stage1(parts, out, "--max_steps", "6")
+    assert "is finished: 6 steps" in capsys.readouterr().out and metrics(out) == lines
+
+
+@pytest.mark.parametrize("llm", ["opt", "t5"])
+def test_stage2_from_stage1(parts, tmp_path, llm, capsys):
+    lines = stage2(
+        parts,
+        tmp_path / "out",
+        llm,
+        "--max_steps",
+        "6",
+        "--eval_split",
+        "validation",
+        "--prompt",
+        "a photo of" if llm == "opt" else "",
+    )
+    assert "Hand-over from stage 1" in capsys.readouterr().out
+    assert "eval_token_accuracy" in lines[-1] and lines[5]["loss"] < lines[0]["loss"]
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "out"),
+        AutoProcessor.from_pretrained(tmp_path / "out"),
+    )
+    inputs = processor(images=[image()], text=["a photo of"], return_tensors="pt")
+    assert len(processor.batch_decode(model.generate(**inputs, max_new_tokens=4))) == 1
+    before, after = load_file(parts / llm / "model.safetensors"), model.language_model.state_dict()
+    assert all(torch.equal(after[name][: len(tensor)], tensor) for name, tensor in before.items() if name in after)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_resumed_run_equals_uninterrupted_one(parts, tmp_path, monkeypatch, stage):
+    flags = ["--max_steps", "10", "--gradient_accumulation_steps", "2"]  # dropout, crops and drawn captions are on
+
+    def run(out):
+        return stage1(parts, out, *flags) if stage == 1 else stage2(parts, out, "opt", *flags)
+
+    whole = run(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupted_after(5, patch)
+        run(tmp_path / "halves")
+    assert not (tmp_path / "halves" / "model.safetensors").exists()
+    resumed = run(tmp_path / "halves")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert without_speed(resumed) == without_speed(whole)
+
+
+def test_faults_are_clear_and_leave_checkpoints_alone(parts, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(parts / "stage1", out)
+    (out / "checkpoints" / "step_6" / "trained.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="trained.safetensors is missing or damaged.*overwrite_output_dir"):
+        stage1(parts, out, "--max_steps", "8")
+    shutil.rmtree(out)
+    shutil.copytree(parts / "stage1", out)
+    with pytest.raises(ValueError, match="belongs to another model"):
+        stage1(parts, out, "--max_steps", "8", "--num_query_tokens", "5")
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    parts = {"loss_itc": torch.tensor(1.0), "loss_itm": torch.tensor(float("nan")), "loss_itg": torch.tensor(2.0)}
+    with pytest.raises(FloatingPointError, match="Step 7: loss_itm is not finite"):
+        stop_unless_finite(Blip2xForPreTrainingOutput(loss=sum(parts.values()), **parts), 7, Path("out"))
+
+
+def test_a_mistake_leaves_no_folder_and_no_earlier_run_harmed(parts, tmp_path):
+    with pytest.raises(ValueError, match="split 'test' cannot be read"):
+        stage1(parts, tmp_path / "new", "--max_steps", "1", "--eval_split", "test")
+    assert not (tmp_path / "new").exists()
+    out = tmp_path / "out"
+    shutil.copytree(parts / "stage1", out)
+    before = metrics(out)
+    with pytest.raises(ValueError, match="--init_from .*tower holds a clip_vision_model model"):
+        stage2(parts, out, "opt", "--init_from", str(parts / "tower"), "--overwrite_output_dir")
+    assert metrics(out) == before and (out / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="--language_model is /nowhere: there is no such folder"):
+        stage2(parts, out, "opt", "--language_model", "/nowhere")
+
+
+def test_started_over_on_request(parts, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(parts / "stage1", out)
+    lines = stage1(parts, out, "--max_steps", "2", "--overwrite_output_dir")
+    assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_objectives_choose_the_losses(parts, tmp_path):
+    lines = stage1(parts, tmp_path / "out", "--max_steps", "1", "--objectives", "itc", "itm")
+    assert lines[0]["loss"] == pytest.approx(lines[0]["loss_itc"] + lines[0]["loss_itm"]) and "loss_itg" not in lines[0]
+
+
+def test_lora_by_one_argument(parts, tmp_path):
+    out = tmp_path / "out"
+    stage2(parts, out, "llama", "--max_steps", "6", "--lora", "lm")
+    trained = load_file(out / "checkpoints" / "step_6" / "trained.safetensors")
+    adapted = {name for name in trained if "lora_" in name}
+    assert adapted and all(name.startswith("language_model.") for name in adapted) and len(adapted) < len(trained)
+    assert any(trained[name].abs().max() > 0 for name in adapted if "lora_B" in name)
+
+    model = AutoModelForImageTextToText.from_pretrained(out).eval()
+    loaded = dict(model.named_parameters())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
+    batch = AutoProcessor.from_pretrained(out)(images=[image()], text=["a red square"], return_tensors="pt")
+    with_adapter = model(**batch).logits
+    model.disable_adapters()
+    assert not torch.allclose(with_adapter, model(**batch).logits)
+
+
+def test_cached_features_give_the_same_losses(parts, tmp_path):
+    cache = tmp_path / "cache"
+    cache_features.main(
+        [
+            "--dataset",
+            str(parts / "data"),
+            "--vision_model",
+            str(parts / "tower"),
+            "--output_dir",
+            str(cache),
+            "--dtype",
+            "float32",
+            "--batch_size",
+            "7",
+        ]
+    )
+    flags = ["--max_steps", "3", "--no_augment", "--eval_split", "validation"]
+    plain = stage1(parts, tmp_path / "plain", *flags)
+    cached = stage1(parts, tmp_path / "cached", *flags, "--feature_cache", str(cache))
+    for one, other in zip(plain, cached):
+        assert one["step"] == other["step"]
+        assert all(one[name] == pytest.approx(other[name], abs=1e-3) for name in one if "loss" in name)
+    make_vision_model(tmp_path / "other", "vit")
+    with pytest.raises(ValueError, match="does not belong to this run .*weights"):
+        stage1(
+            parts,
+            tmp_path / "refused",
+            *flags,
+            "--feature_cache",
+            str(cache),
+            "--vision_model",
+            str(tmp_path / "other"),
+        )
+
+
+def test_json_file_as_dataset(parts, tmp_path):
+    rows = [{"image": f"{parts}/data/train/{number}.png", "caption": "a square"} for number in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert len(load_rows(str(tmp_path / "rows.jsonl"), "train[:3]")) == 3
+    lines = stage1(
+        parts,
+        tmp_path / "out",
+        "--max_steps",
+        "1",
+        "--dataset",
+        str(tmp_path / "rows.jsonl"),
+        "--text_column",
+        "caption",
+    )
+    assert lines[0]["loss"] > 0

@@ -1,0 +1,51 @@
+"""What the tests of the training scripts start from: a folder of images with captions, and tiny models on disk."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tiny import LANGUAGE_MODELS, TOWERS, image_processor, liven, llm_tokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def make_image_folder(folder: Path, splits: dict[str, int]) -> Path:
+    """imagefolder with a metadata.jsonl a split: coloured squares, two captions each."""
+    generator = np.random.default_rng(0)
+    for split, count in splits.items():
+        (folder / split).mkdir(parents=True)
+        rows = []
+        for number in range(count):
+            colour, left = list(COLOURS)[number % len(COLOURS)], int(generator.integers(0, 30))
+            pixels = np.zeros((40, 48, 3), np.uint8)
+            pixels[10:30, left : left + 16] = COLOURS[colour]
+            Image.fromarray(pixels).save(folder / split / f"{number}.png")
+            side = "left" if left < 15 else "right"
+            captions = [f"A {colour} square.", f"a {colour} square on the {side}"]
+            rows.append(json.dumps({"file_name": f"{number}.png", "captions": captions}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def make_vision_model(folder: Path, tower: str = "clip") -> Path:
+    torch.manual_seed(0)
+    model = AutoModel.from_config(TOWERS[tower])
+    liven(model)
+    model.save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    return folder
+
+
+def make_language_model(folder: Path, name: str) -> Path:
+    torch.manual_seed(0)
+    config = copy.deepcopy(LANGUAGE_MODELS[name])
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = config.pad_token_id
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind.from_config(config).save_pretrained(folder)
+    llm_tokenizer(bos=not config.is_encoder_decoder).save_pretrained(folder)
+    return folder
