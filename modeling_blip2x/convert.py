@@ -1,109 +1,260 @@
-"""Checkpoints of other implementations: the official BLIP-2 (LAVIS) names turned into ours."""
+"""BLIP-2 checkpoints in and out.
+
+    python -m modeling_blip2x.convert SOURCE OUT [--to blip2x,transformers,lavis] [--config FILE]
+        [--vision_model X] [--language_model Y] [--qformer_tokenizer Z]
+
+SOURCE: a folder or hub id of transformers' blip-2 or instructblip, a .pth or .safetensors of LAVIS or mmpretrain (to
+blip2x); a blip2x folder (to transformers, a folder, or lavis, a .pth). LAVIS and mmpretrain save only what they trained:
+--vision_model and --language_model name the rest. --config: JSON with config fields that tensors do not tell, such as
+{"vision_config": {"num_attention_heads": 16}}. Weights are read and written tensor by tensor; OUT appears when whole.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    Blip2Processor,
+    BlipImageProcessor,
+    GenerationConfig,
+    InstructBlipProcessor,
+)
 
-# Official name (or its beginning) -> ours. Within a Q-Former layer `_QFORMER_LAYER` goes on.
-_PREFIXES = {
-    "ln_vision.": "model.ln_vision.",
-    "Qformer.bert.embeddings.LayerNorm.": "model.qformer.layernorm.",
-    "Qformer.bert.embeddings.": "model.qformer.embeddings.",
-    "Qformer.cls.predictions.transform.dense.": "itg_head.dense.",
-    "Qformer.cls.predictions.transform.LayerNorm.": "itg_head.layernorm.",
-    "vision_proj.": "vision_projection.",
-    "text_proj.": "text_projection.",
-    "itm_head.": "itm_head.",
-    "opt_proj.": "language_projection.",
-    "t5_proj.": "language_projection.",
-    "opt_model.": "language_model.",
-    "t5_model.": "language_model.",
-    "visual_encoder.patch_embed.proj.": "model.vision_model.embeddings.patch_embedding.",
-}
-_EXACT = {
-    "Qformer.cls.predictions.bias": "itg_head.bias",
-    "visual_encoder.cls_token": "model.vision_model.embeddings.class_embedding",
-    "visual_encoder.pos_embed": "model.vision_model.embeddings.position_embedding",
-}
-_QFORMER_LAYER = {
-    "attention.self.": "attention.",
-    "attention.output.dense.": "attention.dense.",
-    "attention.output.LayerNorm.": "attention.layernorm.",
-    "crossattention.self.": "crossattention.",
-    "crossattention.output.dense.": "crossattention.dense.",
-    "crossattention.output.LayerNorm.": "crossattention.layernorm.",
-    "intermediate.dense.": "text_feed_forward.up.",
-    "output.dense.": "text_feed_forward.down.",
-    "output.LayerNorm.": "text_feed_forward.layernorm.",
-    "intermediate_query.dense.": "query_feed_forward.up.",
-    "output_query.dense.": "query_feed_forward.down.",
-    "output_query.LayerNorm.": "query_feed_forward.layernorm.",
-}
-_VISION_LAYER = {
-    "norm1.": "layer_norm1.",
-    "norm2.": "layer_norm2.",
-    "attn.qkv.weight": "self_attn.qkv.weight",
-    "attn.proj.": "self_attn.projection.",
-    "mlp.fc1.": "mlp.fc1.",
-    "mlp.fc2.": "mlp.fc2.",
-}
+from .export_blip2x import check_exported, export_lavis, export_transformers, read_own
+from .import_blip2x import Checkpoint, check_complete, import_lavis, import_transformers
+from .processing_blip2x import Blip2xProcessor
+from .weights_blip2x import write_folder
+
+CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
-def map_lavis_state_dict(official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of the official BLIP-2 (stage 1, stage 2 with OPT or T5) under our names.
+def convert(
+    source: str,
+    out: str,
+    *,
+    to: str = "blip2x",
+    config: dict | None = None,
+    vision_model: str | None = None,
+    language_model: str | None = None,
+    qformer_tokenizer: str | None = None,
+) -> list[str]:
+    """Convert a checkpoint; returns notes on what was left out, added or lost.
+
+    Args:
+        source, out, to, vision_model, language_model: as on the command line.
+        config: config fields that tensors of a LAVIS or mmpretrain file do not tell; a config.json of ours will do.
+        qformer_tokenizer: id or folder of the BERT tokenizer, for the processor of a LAVIS or mmpretrain stage-1 file.
 
     Raises:
-        ValueError: names without a counterpart, all of them listed, or copies that are not equal to their original.
+        ValueError: an unknown kind of source, tensors without a place or missing (all are named), a pickle that holds
+            code, a target that cannot hold the source, or an `out` that exists.
     """
-    ours: dict[str, torch.Tensor] = {}
-    unknown = []
-    for name, tensor in official.items():
-        if name.endswith("position_ids") or name.endswith("attn.v_bias"):
-            continue  # a counter, and the second half of q_bias below
-        if name == "query_tokens":
-            ours["model.query_tokens.weight"] = tensor[0]
-        elif name == "temp":
-            ours["temperature"] = tensor.reshape(1)
-        elif name in ("Qformer.cls.predictions.decoder.weight", "Qformer.cls.predictions.decoder.bias"):
-            original = name.replace(".decoder.bias", ".bias")
-            if name.endswith("weight"):
-                original = "Qformer.bert.embeddings.word_embeddings.weight"
-            if not torch.equal(tensor, official[original]):
+    if to not in ("blip2x", "transformers", "lavis"):
+        raise ValueError(f"--to is {to!r}; choose blip2x, transformers or lavis.")
+    target = Path(out)
+    if target.exists():
+        raise ValueError(f"{target} exists. Remove it, or name another OUT.")
+    if to == "lavis" and target.suffix != ".pth":
+        raise ValueError(f"LAVIS reads .pth files, but OUT is {target}. Name it {target}.pth.")
+    path = Path(source)
+    if not path.exists():
+        if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or source.startswith((".", "/", "~")):
+            raise ValueError(f"There is no {source}. Check the path, or give a hub id.")
+        path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.bin"]))
+    kind = AutoConfig.from_pretrained(path).model_type if path.is_dir() else "file"
+
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        if to == "blip2x":
+            if kind in ("blip-2", "instructblip"):
+                checkpoint = import_transformers(path)
+                processor = _processor_of_folder(path, checkpoint)
+            elif kind == "file":
+                checkpoint = import_lavis(path, config, vision_model, language_model)
+                processor = _processor_of_file(checkpoint, vision_model, language_model, qformer_tokenizer)
+            else:
                 raise ValueError(
-                    f"'{name}' differs from '{original}', of which it is a copy in the official model. The file is not a "
-                    "BLIP-2 checkpoint, or was changed."
+                    f"{source} is a {kind} checkpoint. To blip2x go blip-2, instructblip, LAVIS and mmpretrain."
                 )
-        elif name.endswith("attn.q_bias"):
-            layer = name.removeprefix("visual_encoder.blocks.").removesuffix(".attn.q_bias")
-            v_bias = official[name.replace("q_bias", "v_bias")]
-            ours[f"model.vision_model.encoder.layers.{layer}.self_attn.qkv.bias"] = torch.cat(
-                [tensor, torch.zeros_like(tensor), v_bias]  # the keys have no bias
+            check_complete(checkpoint, source)
+            notes = _write_own(unfinished, checkpoint, processor, path, language_model)
+            unfinished.rename(target)
+            return notes
+        if kind not in ("blip2x", "file"):
+            raise ValueError(
+                f"{source} is a {kind} checkpoint; only blip2x folders go to {to}. Convert it to blip2x first."
             )
-        elif (mapped := _rename(name)) is not None:
-            ours[mapped] = tensor
+        own_config, weights = read_own(path)
+        if to == "transformers":
+            model_class, their_config, renamed, notes = export_transformers(own_config, weights)
+            check_exported(model_class, their_config, renamed)
+            their_config.architectures = [model_class.__name__]
+            their_config.save_pretrained(unfinished)
+            write_folder(unfinished, renamed)
+            _copy_generation_config(path, unfinished)
+            notes += _export_processor(path, unfinished, instruct=their_config.model_type == "instructblip")
+            unfinished.rename(target)
         else:
-            unknown.append(name)
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} tensors of the checkpoint have no counterpart: {', '.join(sorted(unknown))}. It is not an "
-            "official BLIP-2 checkpoint of stage 1 or stage 2."
-        )
+            renamed, notes = export_lavis(own_config, weights)
+            torch.save({"model": {name: weight.read() for name, weight in renamed.items()}}, unfinished / target.name)
+            (unfinished / target.name).rename(target)
+        return notes
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_own(folder: Path, checkpoint: Checkpoint, processor, source: Path, language_model: str | None) -> list[str]:
+    config = checkpoint.config
+    config.architectures = [checkpoint.model_class.__name__]
+    # from_pretrained loads in this dtype: that of the trained part, where frozen ones were stored smaller.
+    config.dtype = checkpoint.weights["model.query_tokens.weight"].dtype
+    config.save_pretrained(folder)
+    write_folder(folder, checkpoint.weights)
+    if config.text_config is not None and source.is_dir():
+        _copy_generation_config(source, folder)
+    elif config.text_config is not None:
+        generation = GenerationConfig.from_model_config(config.text_config)
+        if language_model is not None:
+            try:
+                generation = GenerationConfig.from_pretrained(language_model)
+            except OSError:
+                pass  # a language model without one
+        generation.suppress_tokens = [config.image_token_index]
+        generation.save_pretrained(folder)
+    if processor is None:
+        wanted = "--language_model" if config.text_config is not None else "--qformer_tokenizer"
+        return [*checkpoint.notes, f"No processor was written: no tokenizer is at hand. Pass {wanted} for one."]
+    processor.save_pretrained(folder)
+    return checkpoint.notes
+
+
+def _copy_generation_config(source: Path, folder: Path) -> None:
+    if (source / "generation_config.json").exists():
+        shutil.copy(source / "generation_config.json", folder)
+
+
+def _processor_of_folder(folder: Path, checkpoint: Checkpoint) -> Blip2xProcessor | None:
+    """Our processor with the components of theirs; None for a folder of weights alone."""
+    if not any((folder / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
+        return None
+    theirs = AutoProcessor.from_pretrained(folder)
+    is_stage1 = checkpoint.config.text_config is None
+    ours = Blip2xProcessor(
+        theirs.image_processor,
+        theirs.tokenizer,
+        getattr(theirs, "qformer_tokenizer", None),
+        num_query_tokens=None if is_stage1 else checkpoint.config.num_query_tokens,
+    )
+    _match_image_token(ours, checkpoint)
     return ours
 
 
-def _rename(name: str) -> str | None:
-    if name in _EXACT:
-        return _EXACT[name]
-    for theirs, ours, table in (
-        ("Qformer.bert.encoder.layer.", "model.qformer.layers.", _QFORMER_LAYER),
-        ("visual_encoder.blocks.", "model.vision_model.encoder.layers.", _VISION_LAYER),
-    ):
-        if name.startswith(theirs):
-            number, rest = name.removeprefix(theirs).split(".", 1)
-            return _replace_start(rest, table, f"{ours}{number}.")
-    return _replace_start(name, _PREFIXES, "")
+def _processor_of_file(
+    checkpoint: Checkpoint, vision_model: str | None, language_model: str | None, qformer_tokenizer: str | None
+) -> Blip2xProcessor | None:
+    """Processor of a LAVIS or mmpretrain model: its image size and CLIP's statistics, unless a tower brings its own."""
+    config = checkpoint.config
+    is_stage1 = config.text_config is None
+    name = qformer_tokenizer if is_stage1 else language_model
+    if name is None:
+        return None
+    image_processor = None
+    if vision_model is not None:
+        try:
+            image_processor = AutoImageProcessor.from_pretrained(vision_model)
+        except (OSError, ValueError):
+            pass  # a folder of weights alone
+    if image_processor is None:
+        side = config.vision_config.image_size
+        image_processor = BlipImageProcessor(
+            size={"height": side, "width": side}, image_mean=CLIP_MEAN, image_std=CLIP_STD
+        )
+    reads_text = not is_stage1 and config.qformer_config.use_qformer_text_input
+    second = None
+    if reads_text and qformer_tokenizer is not None:
+        second = AutoTokenizer.from_pretrained(qformer_tokenizer)
+    elif reads_text:
+        checkpoint.notes.append(
+            "The Q-Former reads the question, but its tokenizer is not known. Pass --qformer_tokenizer."
+        )
+    processor = Blip2xProcessor(
+        image_processor,
+        AutoTokenizer.from_pretrained(name),
+        second,
+        num_query_tokens=None if is_stage1 else config.num_query_tokens,
+    )
+    _match_image_token(processor, checkpoint)
+    return processor
 
 
-def _replace_start(name: str, table: dict[str, str], prefix: str) -> str | None:
-    for theirs, ours in table.items():
-        if name.startswith(theirs):
-            return prefix + ours + name.removeprefix(theirs)
-    return None
+def _match_image_token(processor: Blip2xProcessor, checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    if config.text_config is not None and processor.image_token_id != config.image_token_index:
+        checkpoint.notes.append(
+            f"image_token_index is {processor.image_token_id}, the tokenizer's, in place of {config.image_token_index}."
+        )
+        config.image_token_index = processor.image_token_id
+
+
+def _export_processor(source: Path, folder: Path, instruct: bool) -> list[str]:
+    """transformers' processor with the components of ours."""
+    try:
+        ours = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError):
+        return [f"No processor was written: {source} has none."]
+    queries = ours.num_query_tokens
+    if instruct:
+        theirs = InstructBlipProcessor(
+            ours.image_processor, ours.tokenizer, ours.qformer_tokenizer, num_query_tokens=queries
+        )
+    else:
+        theirs = Blip2Processor(ours.image_processor, ours.tokenizer, num_query_tokens=queries)
+    theirs.save_pretrained(folder)
+    return []
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m modeling_blip2x.convert", description=__doc__.split("\n")[0])
+    parser.add_argument("source", metavar="SOURCE", help="Folder, hub id, .pth or .safetensors.")
+    parser.add_argument("out", metavar="OUT", help="Folder to write; for lavis a .pth file. Must not exist.")
+    parser.add_argument("--to", default="blip2x", choices=["blip2x", "transformers", "lavis"])
+    parser.add_argument("--config", help="JSON file with config fields that the tensors do not tell.")
+    parser.add_argument("--vision_model", help="Id or folder of the vision tower, where SOURCE holds none.")
+    parser.add_argument(
+        "--language_model", help="Id or folder of the language model: its tokenizer, and weights if needed."
+    )
+    parser.add_argument("--qformer_tokenizer", help="Id or folder of the Q-Former's BERT tokenizer.")
+    arguments = parser.parse_args(argv)
+    fields = None
+    if arguments.config:
+        try:
+            fields = json.loads(Path(arguments.config).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--config {arguments.config} cannot be read: {error}.") from None
+    notes = convert(
+        arguments.source,
+        arguments.out,
+        to=arguments.to,
+        config=fields,
+        vision_model=arguments.vision_model,
+        language_model=arguments.language_model,
+        qformer_tokenizer=arguments.qformer_tokenizer,
+    )
+    print("\n".join([*notes, f"Converted {arguments.source} to {arguments.out}."]))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

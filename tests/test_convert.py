@@ -1,0 +1,344 @@
+"""Checkpoints of transformers, LAVIS and mmpretrain, in and out, by the function behind the command."""
+
+import json
+
+import pytest
+import torch
+from golden import Golden, vision_config
+from safetensors.torch import load_file, save_file
+from test_golden import stage1_outputs, stage2_inputs
+from tiny import LANGUAGE_MODELS, QUERIES, SIZE, TOWERS, batch, image_processor, llm_tokenizer, prompt, stage1, stage2
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
+    CLIPVisionModel,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    OPTForCausalLM,
+    T5ForConditionalGeneration,
+)
+
+from modeling_blip2x.convert import convert, main
+
+SHAPES = {
+    "small": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48},
+    "like ViT-g": {"hidden_size": 88, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 384},
+}
+QFORMER = {
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "vocab_size": 61,
+}
+
+
+def randomised(model, std=0.4):
+    """Weights large enough that the image matters."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "patch" not in name:
+                parameter.normal_(0, std / 2 if "vision" in name else std)
+            elif "norm" not in name.lower():
+                parameter.normal_(0, 0.1)
+    return model.eval()
+
+
+def their_config(kind, language_model, shape, **qformer):
+    """A config of transformers' BLIP-2 or InstructBLIP."""
+    vision = {**SHAPES[shape], "image_size": SIZE, "patch_size": 14}
+    qformer = {**QFORMER, "encoder_hidden_size": vision["hidden_size"], **qformer}
+    text = LANGUAGE_MODELS[language_model].to_dict()
+    text |= {"decoder_start_token_id": 0} if language_model == "t5" else {}
+    return kind(
+        vision_config=vision, qformer_config=qformer, text_config=text, num_query_tokens=QUERIES, image_token_index=69
+    )
+
+
+def read_by_both(their_class, theirs, tmp_path):
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    reloaded = their_class.from_pretrained(tmp_path / "theirs").eval()
+    return reloaded, AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("language_model", ["opt", "t5"])
+@torch.no_grad()
+def test_blip2_of_transformers_gives_the_same_numbers(language_model, shape, tmp_path):
+    theirs = randomised(Blip2ForConditionalGeneration(their_config(Blip2Config, language_model, shape)))
+    theirs, ours = read_by_both(Blip2ForConditionalGeneration, theirs, tmp_path)
+    inputs = prompt(ours)
+    given = inputs | ({"decoder_input_ids": inputs["input_ids"][:, :3] * 0} if language_model == "t5" else {})
+    assert torch.allclose(theirs(**given).logits, ours(**given).logits, atol=1e-5)
+    other = given | {"pixel_values": inputs["pixel_values"].flip(0)}
+    assert not torch.allclose(ours(**given).logits, ours(**other).logits, atol=1e-3), "the image does not matter here"
+    for beams in (1, 3):
+        options = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False}
+        expected = theirs.generate(**inputs, **options)
+        assert torch.equal(expected, ours.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("language_model", ["t5", "llama"])
+@torch.no_grad()
+def test_instructblip_of_transformers_reads_the_instruction(language_model, tmp_path):
+    theirs = randomised(InstructBlipForConditionalGeneration(their_config(InstructBlipConfig, language_model, "small")))
+    theirs, ours = read_by_both(InstructBlipForConditionalGeneration, theirs, tmp_path)
+    given = prompt(ours)
+    if language_model == "t5":
+        given["decoder_input_ids"] = given["input_ids"][:, :3] * 0
+    given["qformer_input_ids"] = torch.tensor([[5, 6, 7, 0], [8, 9, 10, 11]])
+    given["qformer_attention_mask"] = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    expected = theirs(**given).logits
+    assert torch.allclose(expected, ours(**given).logits, atol=1e-5)
+    given["qformer_input_ids"] = given["qformer_input_ids"].flip(0)
+    assert not torch.allclose(expected, ours(**given).logits, atol=1e-3)
+
+
+@torch.no_grad()
+def test_retrieval_of_transformers_gives_the_same_scores(tmp_path, recwarn):
+    theirs = randomised(
+        Blip2ForImageTextRetrieval(their_config(Blip2Config, "opt", "small", use_qformer_text_input=True))
+    )
+    theirs.config.image_token_index = None
+    theirs.save_pretrained(tmp_path / "theirs")
+    notes = convert(str(tmp_path / "theirs"), str(tmp_path / "ours"))
+    assert "neither the ITC temperature nor the ITG head" in notes[0]
+    ours = AutoModelForPreTraining.from_pretrained(tmp_path / "ours").eval()
+    inputs = batch(3)
+    images = ours.get_image_features(inputs["pixel_values"]).pooler_output
+    texts = ours.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    expected = theirs(**inputs, use_image_text_matching_head=False).logits_per_image
+    assert torch.allclose(expected, ours.itc_scores(images, texts), atol=1e-5)
+    expected = theirs(**inputs, use_image_text_matching_head=True).logits_per_image
+    assert torch.allclose(expected, ours.itm_logits(**inputs), atol=1e-5)
+
+
+def golden_config(name):
+    """What a user would write into --config: the fields that tensors do not tell."""
+    config = Golden(name).config
+    qformer = config.get("qformer", config)
+    fields = {
+        "vision_config": vision_config(Golden(name)),
+        "qformer_config": {"num_attention_heads": qformer["num_attention_heads"]},
+    }
+    if "text" in config:
+        fields["text_config"] = {k: v for k, v in config["text"].items() if k != "lm_head"}
+    return fields
+
+
+def write_official(name, path):
+    official = Golden(name).official
+    if path.suffix == ".pth":
+        torch.save({"model": official, "optimizer": {"state": {}}, "epoch": 3}, path)
+    else:
+        save_file(official, path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@torch.no_grad()
+def test_lavis_stage1_gives_the_golden_numbers(suffix, tmp_path):
+    write_official("stage1", tmp_path / f"lavis{suffix}")
+    convert(str(tmp_path / f"lavis{suffix}"), str(tmp_path / "ours"), config=golden_config("stage1"))
+    golden = Golden("stage1")
+    outputs = stage1_outputs(golden, AutoModelForPreTraining.from_pretrained(tmp_path / "ours").eval())
+    for name, expected in {**golden.outputs, **golden.expected}.items():
+        assert torch.allclose(outputs[name], torch.as_tensor(expected), atol=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["stage2_opt", "stage2_t5"])
+@torch.no_grad()
+def test_lavis_stage2_gives_the_golden_numbers(name, tmp_path):
+    write_official(name, tmp_path / "lavis.pth")
+    convert(str(tmp_path / "lavis.pth"), str(tmp_path / "ours"), config=golden_config(name))
+    golden = Golden(name)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours").eval()
+    assert model(**stage2_inputs(golden, model)).loss.item() == pytest.approx(golden.expected["loss"], abs=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "again").eval()
+    assert model(**stage2_inputs(golden, model)).loss.item() == pytest.approx(golden.expected["loss"], abs=1e-4)
+
+
+@torch.no_grad()
+def test_mmpretrain_retrieval_gives_the_golden_numbers(tmp_path):
+    golden = Golden("mmpretrain_retrieval")
+    torch.save({"state_dict": golden.official, "meta": {}}, tmp_path / "mm.pth")
+    convert(str(tmp_path / "mm.pth"), str(tmp_path / "ours"), config=golden_config("mmpretrain_retrieval"))
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "ours").eval()
+    inputs = golden.inputs
+    outputs = {
+        "image_embeds": model.model.ln_vision(model.model.get_vision_embeds(inputs["pixel_values"])),
+        "image_features": model.get_image_features(inputs["pixel_values"]).pooler_output,
+        "text_features": model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output,
+        "itm_logits": model.itm_logits(**inputs),
+    }
+    assert outputs.keys() == golden.outputs.keys()
+    for name, expected in golden.outputs.items():
+        assert torch.allclose(outputs[name], expected, atol=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["stage2_opt", "stage2_t5"])
+def test_partial_lavis_file_is_completed_by_tower_and_language_model(name, tmp_path):
+    official = Golden(name).official
+    trained = {n: t for n, t in official.items() if not n.startswith(("visual_encoder.", "opt_model.", "t5_model."))}
+    torch.save({"model": trained}, tmp_path / "lavis.pth")
+    heads = {"qformer_config": {"num_attention_heads": 4}}
+    with pytest.raises(ValueError, match="no vision tower.*--vision_model"):
+        convert(str(tmp_path / "lavis.pth"), str(tmp_path / "ours"), config=heads)
+    width = official["ln_vision.weight"].shape[0]
+    CLIPVisionModel(TOWERS["clip"].__class__(**(TOWERS["clip"].to_dict() | {"hidden_size": width}))).save_pretrained(
+        tmp_path / "tower"
+    )
+    given = {"config": heads, "vision_model": str(tmp_path / "tower")}
+    with pytest.raises(ValueError, match="no language model.*--language_model"):
+        convert(str(tmp_path / "lavis.pth"), str(tmp_path / "ours"), **given)
+    assert not (tmp_path / "ours").exists()
+    text = Golden(name).config["text"]
+    kind = OPTForCausalLM if "opt" in name else T5ForConditionalGeneration
+    kind(kind.config_class(**{k: v for k, v in text.items() if k != "lm_head"})).save_pretrained(tmp_path / "llm")
+    notes = convert(str(tmp_path / "lavis.pth"), str(tmp_path / "ours"), **given, language_model=str(tmp_path / "llm"))
+    assert any("vision tower comes from" in note for note in notes)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours")
+    assert model.config.vision_feature_layer == -2  # CLIP, as the official code reads it
+    projection = "opt_proj.weight" if "opt" in name else "t5_proj.weight"
+    assert torch.equal(model.language_projection.weight, official[projection])
+
+
+@pytest.mark.parametrize("retrieval", [True, False])
+def test_missing_and_unknown_tensors_are_named(retrieval, tmp_path):
+    official = Golden("stage1").official
+    if retrieval:
+        del official["itm_head.weight"], official["Qformer.bert.encoder.layer.1.output.dense.weight"]
+        message = "2 missing: .*model.qformer.layers.1.text_feed_forward.down.weight.*itm_head.weight"
+    else:
+        official["novel.weight"] = torch.zeros(2)
+        message = "1 tensors of .* have no counterpart: novel.weight"
+    torch.save(official, tmp_path / "lavis.pth")
+    with pytest.raises(ValueError, match=message):
+        convert(str(tmp_path / "lavis.pth"), str(tmp_path / "ours"), config=golden_config("stage1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["lavis.pth"]
+
+
+def test_a_pickle_with_code_is_refused(tmp_path):
+    torch.save({"model": {"query_tokens": torch.zeros(1)}, "config": print}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="holds more than tensors.*could run its code"):
+        convert(str(tmp_path / "evil.pth"), str(tmp_path / "ours"))
+
+
+def test_a_cut_file_is_refused(tmp_path):
+    write_official("stage1", tmp_path / "lavis.pth")
+    content = (tmp_path / "lavis.pth").read_bytes()
+    (tmp_path / "lavis.pth").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="not a whole torch file"):
+        convert(str(tmp_path / "lavis.pth"), str(tmp_path / "ours"))
+
+
+def same_file(a, b):
+    a, b = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("language_model, reads_text", [("opt", False), ("t5", False), ("llama", True)])
+@torch.no_grad()
+def test_export_to_transformers_and_back(language_model, reads_text, tmp_path):
+    changes = {"qformer": {"use_qformer_text_input": reads_text}, "vision_layer_norm_eps": 1e-6}
+    ours = stage2(language_model, "eva", std=0.3, **changes)
+    ours.save_pretrained(tmp_path / "ours")
+    assert convert(str(tmp_path / "ours"), str(tmp_path / "theirs"), to="transformers")[:-1] == []
+    their_class = InstructBlipForConditionalGeneration if reads_text else Blip2ForConditionalGeneration
+    theirs = their_class.from_pretrained(tmp_path / "theirs").eval()
+    given = prompt(ours)
+    if language_model == "t5":
+        given["decoder_input_ids"] = given["input_ids"][:, :3] * 0
+    if reads_text:
+        given["qformer_input_ids"] = torch.tensor([[5, 6, 7], [8, 9, 10]])
+        given["qformer_attention_mask"] = torch.ones(2, 3, dtype=torch.long)
+    assert torch.allclose(theirs(**given).logits, ours(**given).logits, atol=1e-5)
+    convert(str(tmp_path / "theirs"), str(tmp_path / "again"))
+    assert same_file(tmp_path / "ours", tmp_path / "again")
+
+
+@torch.no_grad()
+def test_stage1_export_says_what_transformers_cannot_hold(tmp_path):
+    ours = stage1("eva").eval()
+    ours.save_pretrained(tmp_path / "ours")
+    notes = convert(str(tmp_path / "ours"), str(tmp_path / "theirs"), to="transformers")
+    assert any("temperature is lost" in n for n in notes) and any("ITG head is lost" in n for n in notes)
+    assert any("epsilon" in n for n in notes)
+    theirs = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "theirs").eval()
+    expected = theirs(**batch(3), use_image_text_matching_head=True).logits_per_image
+    assert torch.allclose(ours.itm_logits(**batch(3)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2_opt", "stage2_t5"])
+def test_lavis_and_back_is_bit_equal(name, tmp_path):
+    write_official(name, tmp_path / "lavis.pth")
+    convert(str(tmp_path / "lavis.pth"), str(tmp_path / "ours"), config=golden_config(name))
+    assert convert(str(tmp_path / "ours"), str(tmp_path / "again.pth"), to="lavis") == []
+    official = {n: t for n, t in Golden(name).official.items() if not n.endswith("position_ids")}
+    again = torch.load(tmp_path / "again.pth", weights_only=True)["model"]
+    assert again.keys() == official.keys()
+    assert all(torch.equal(again[n], official[n]) for n in official)
+    own_config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    convert(str(tmp_path / "again.pth"), str(tmp_path / "third"), config=own_config)
+    assert same_file(tmp_path / "ours", tmp_path / "third")
+
+
+@pytest.mark.parametrize("to, out", [("transformers", "out"), ("lavis", "out.pth")])
+def test_what_a_target_cannot_hold_is_an_error(to, out, tmp_path):
+    stage2("opt", "clip").save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="tower is a clip_vision_model, but .* only BLIP-2's own EVA tower"):
+        convert(str(tmp_path / "clip"), str(tmp_path / out), to=to)
+    (tmp_path / "clip" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="LoRA adapter that is not merged"):
+        convert(str(tmp_path / "clip"), str(tmp_path / out), to=to)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
+
+
+def test_lavis_has_no_class_for_gpt2(tmp_path):
+    stage2("gpt2", "eva").save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="LAVIS has no BLIP-2 class for a gpt2"):
+        convert(str(tmp_path / "ours"), str(tmp_path / "out.pth"), to="lavis")
+
+
+def test_processor_follows_both_ways(tmp_path):
+    config = their_config(Blip2Config, "opt", "small")
+    tokenizer = llm_tokenizer()
+    theirs = Blip2Processor(image_processor(), tokenizer, num_query_tokens=QUERIES)
+    config.image_token_index = theirs.tokenizer.convert_tokens_to_ids("<image>")
+    Blip2ForConditionalGeneration(config).save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert convert(str(tmp_path / "theirs"), str(tmp_path / "ours")) == []
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    given = {"images": Image.new("RGB", (40, 30), "red"), "text": "a photo of", "return_tensors": "pt"}
+    ours = AutoProcessor.from_pretrained(tmp_path / "ours")(**given)
+    assert torch.equal(ours["input_ids"], theirs(**given)["input_ids"])
+    assert torch.equal(ours["pixel_values"], theirs(**given)["pixel_values"])
+    assert convert(str(tmp_path / "ours"), str(tmp_path / "back"), to="transformers") == []
+    again = AutoProcessor.from_pretrained(tmp_path / "back")
+    assert type(again) is Blip2Processor
+    assert torch.equal(again(**given)["input_ids"], ours["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["missing.pth", "out"], "There is no missing.pth"),
+        (["here.txt", "out"], "neither a folder nor a .safetensors"),
+        (["here.txt", "here.txt"], "exists. Remove it"),
+        (["here.txt", "out", "--config", "none.json"], "--config none.json cannot be read"),
+        (["here.txt", "out", "--to", "lavis"], "LAVIS reads .pth files"),
+    ],
+)
+def test_command_line_errors(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.txt").write_text("x")
+    with pytest.raises(ValueError, match=message):
+        main(argv)
