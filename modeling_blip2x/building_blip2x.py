@@ -44,8 +44,19 @@ def load_vision_model(vision_model: str | nn.Module) -> nn.Module:
         return without_final_norm(vision_model)
     config = AutoConfig.from_pretrained(vision_model)
     config = getattr(config, "vision_config", config)
-    auto_class = Blip2VisionModel if config.model_type == "blip_2_vision_model" else AutoModel
-    return without_final_norm(auto_class.from_pretrained(vision_model, config=config))
+    options = {"config": config, "output_loading_info": True}
+    if config.model_type == "blip_2_vision_model":  # in a BLIP-2 checkpoint its names begin with vision_model.
+        tower, report = Blip2VisionModel.from_pretrained(vision_model, key_mapping={r"^vision_model\.": ""}, **options)
+    else:
+        tower, report = AutoModel.from_pretrained(vision_model, **options)
+    # transformers fills what a checkpoint lacks with random numbers. Only a pooling head, which is not used, may be.
+    missing = [name for name in report["missing_keys"] if "pooler" not in name and "head" not in name]
+    if missing:
+        raise ValueError(
+            f"'{vision_model}' has no weights for {len(missing)} tensors of a {type(tower).__name__}: "
+            f"{', '.join(sorted(missing)[:5])}, ... Name a checkpoint that holds the whole vision tower."
+        )
+    return without_final_norm(tower)
 
 
 def load_language_model(language_model: str | nn.Module) -> nn.Module:

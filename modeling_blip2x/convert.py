@@ -21,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoProcessor,
-    AutoTokenizer,
     Blip2Processor,
     BlipImageProcessor,
     GenerationConfig,
@@ -29,7 +28,7 @@ from transformers import (
 )
 
 from .export_blip2x import check_exported, export_lavis, export_transformers, read_own
-from .import_blip2x import Checkpoint, check_complete, import_lavis, import_transformers
+from .import_blip2x import Checkpoint, check_complete, import_lavis, import_transformers, load_tokenizer
 from .processing_blip2x import Blip2xProcessor
 from .weights_blip2x import write_folder
 
@@ -165,8 +164,8 @@ def _processor_of_file(
     """Processor of a LAVIS or mmpretrain model: its image size and CLIP's statistics, unless a tower brings its own."""
     config = checkpoint.config
     is_stage1 = config.text_config is None
-    name = qformer_tokenizer if is_stage1 else language_model
-    if name is None:
+    tokenizer = load_tokenizer(qformer_tokenizer if is_stage1 else language_model)
+    if tokenizer is None:
         return None
     image_processor = None
     if vision_model is not None:
@@ -182,14 +181,14 @@ def _processor_of_file(
     reads_text = not is_stage1 and config.qformer_config.use_qformer_text_input
     second = None
     if reads_text and qformer_tokenizer is not None:
-        second = AutoTokenizer.from_pretrained(qformer_tokenizer)
+        second = load_tokenizer(qformer_tokenizer)
     elif reads_text:
         checkpoint.notes.append(
             "The Q-Former reads the question, but its tokenizer is not known. Pass --qformer_tokenizer."
         )
     processor = Blip2xProcessor(
         image_processor,
-        AutoTokenizer.from_pretrained(name),
+        tokenizer,
         second,
         num_query_tokens=None if is_stage1 else config.num_query_tokens,
     )

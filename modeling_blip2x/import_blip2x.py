@@ -258,14 +258,18 @@ def _complete_language_model(path, weights: dict[str, Weight], text_config, lang
     return llm.config.to_dict()
 
 
+def load_tokenizer(name: str | None):
+    """Tokenizer of an id or folder; None for a folder of weights alone, of which transformers would make an empty one."""
+    files = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    if name is None or (Path(name).is_dir() and not any((Path(name) / file).exists() for file in files)):
+        return None
+    return AutoTokenizer.from_pretrained(name)
+
+
 def _free_token(text_config: dict, language_model: str | None) -> int:
     """Id for `<image>`: the first after the tokenizer's, where it is at hand, else the first after the vocabulary."""
-    if language_model is not None:
-        try:
-            return len(AutoTokenizer.from_pretrained(language_model))
-        except (OSError, ValueError):
-            pass  # a folder with weights alone
-    return text_config["vocab_size"]
+    tokenizer = load_tokenizer(language_model)
+    return text_config["vocab_size"] if tokenizer is None else len(tokenizer)
 
 
 def _image_token(theirs) -> int:
