@@ -263,7 +263,7 @@ def test_objectives_choose_the_losses(parts, tmp_path):
 
 def test_lora_by_one_argument(parts, tmp_path):
     out = tmp_path / "out"
-    stage2(parts, out, "llama", "--max_steps", "6", "--lora", "lm")
+    stage2(parts, out, "llama", "--max_steps", "6", "--lora", "lm", "--merge_lora", "true")
     trained = load_file(out / "checkpoints" / "step_6" / "trained.safetensors")
     adapted = {name for name in trained if "lora_" in name}
     assert adapted and all(name.startswith("language_model.") for name in adapted) and len(adapted) < len(trained)
@@ -274,6 +274,10 @@ def test_lora_by_one_argument(parts, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.items())
     batch = AutoProcessor.from_pretrained(out)(images=[image()], text=["a red square"], return_tensors="pt")
     with_adapter = model(**batch).logits
+    merged = AutoModelForImageTextToText.from_pretrained(out / "merged").eval()
+    assert not any("lora" in name for name in merged.state_dict())
+    assert torch.allclose(with_adapter, merged(**batch).logits, atol=1e-5)
+    assert AutoProcessor.from_pretrained(out / "merged").image_token_id == merged.config.image_token_index
     model.disable_adapters()
     assert not torch.allclose(with_adapter, model(**batch).logits)
 

@@ -164,7 +164,12 @@ class Stage2Arguments(PretrainingArguments):
     prompt_column: str | None = doc(
         None, "Column with a prompt for each text (a list if the texts are one) in place of `prompt`."
     )
-    lora: str | None = doc(None, "'lm' trains a LoRA adapter on the LLM's linear layers; null keeps the LLM frozen.")
+    lora: str | None = doc(
+        None,
+        "Trains a LoRA adapter on the linear layers of a part: lm, qformer, vision, or a regular expression over module "
+        "names; null for none.",
+    )
+    merge_lora: bool = doc(False, "Also write merged/, the model with the adapter added to its weights.")
     min_learning_rate: float = doc(5e-5, "Learning rate at the end of the cosine.")
 
     def required(self) -> list[str]:
@@ -172,8 +177,8 @@ class Stage2Arguments(PretrainingArguments):
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.lora not in (None, "lm"):
-            found.append(f"--lora is {self.lora!r}; choose 'lm' or leave it out.")
+        if self.merge_lora and not self.lora:
+            found.append("--merge_lora is true, but there is no --lora. Pass --lora lm, or leave it out.")
         if self.prompt and self.prompt_column:
             found.append("--prompt and --prompt_column are both given. Drop one.")
         return found

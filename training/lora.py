@@ -1,11 +1,11 @@
-"""LoRA on the language model by one argument.
+"""LoRA by one argument, `--lora lm|qformer|vision|REGEX`.
 
-The adapter sits on the LLM's linear layers and nowhere else: `target_modules` is a regular expression anchored on
-`language_model`, for a list of names such as q_proj would also hit a vision tower. The run's root holds the whole model
-without the adapter, and the adapter beside it; `from_pretrained` loads both where peft is installed.
+The run's root holds the whole model without the adapter, and the adapter beside it; `from_pretrained` loads both where
+peft is installed. `--merge_lora` also writes `merged/`, a model like any other.
 """
 
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,26 +13,32 @@ import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-
-def lora_targets(model: torch.nn.Module) -> str:
-    """A regular expression that matches the LLM's linear layers, the output layer left out."""
-    head = model.get_output_embeddings()
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.language_model.named_modules()
-        if module is not head and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
-    }
-    if not names:
-        raise ValueError(f"--lora lm finds no linear layer in {type(model.language_model).__name__}. Leave --lora out.")
-    return rf"language_model\..*\.({'|'.join(sorted(map(re.escape, names)))})"
+from modeling_blip2x import Blip2xProcessor
+from modeling_blip2x.lora_blip2x import lora_targets
 
 
-def add_lora(model: torch.nn.Module, rank: int = 8, alpha: int = 16, dropout: float = 0.05) -> None:
-    """Put a trainable adapter on the frozen LLM. What was trainable before stays so."""
+def add_lora(model: torch.nn.Module, preset: str, rank: int = 8, alpha: int = 16, dropout: float = 0.05) -> None:
+    """Put a trainable adapter on a part. What was trainable before stays so, but for the layers that got one."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model)))
+    targets = lora_targets(model, preset)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable or "lora_" in name)
+
+
+@contextmanager
+def plain_layers(model: torch.nn.Module) -> Iterator[None]:
+    """The model without its adapter, as if it had never had one."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.base_layer)
+        model._hf_peft_config_loaded = False  # else transformers saves the adapter alone
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        model._hf_peft_config_loaded = True
 
 
 @dataclass
@@ -40,17 +46,24 @@ class LoraCheckpoint:
     """Saves a model with an adapter as a whole model without it plus the adapter's files, all in one folder."""
 
     model: torch.nn.Module
+    merged_processor: Blip2xProcessor | None = None  # given: merged/ is written too, with this processor
 
     def save_pretrained(self, folder: Path) -> None:
-        model = self.model
-        model.save_pretrained(folder)  # with an adapter attached, transformers saves the adapter alone
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        self.model.save_pretrained(folder)  # the adapter
+        with plain_layers(self.model):
+            self.model.save_pretrained(folder)
+        if self.merged_processor is not None:
+            self.save_merged(Path(folder) / "merged")
+            self.merged_processor.save_pretrained(Path(folder) / "merged")
+
+    def save_merged(self, folder: Path) -> None:
+        """The model with the adapter added to its weights; the one in memory is left as it was, to rounding."""
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            layer.merge()
         try:
-            for name, layer in layers.items():
-                model.set_submodule(name, layer.base_layer)
-            model._hf_peft_config_loaded = False
-            model.save_pretrained(folder)
+            with plain_layers(self.model):
+                self.model.save_pretrained(folder)
         finally:
-            for name, layer in layers.items():
-                model.set_submodule(name, layer)
-            model._hf_peft_config_loaded = True
+            for layer in layers:
+                layer.unmerge()

@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         if name.startswith("embeddings") or "text_feed_forward" in name:
             parameter.requires_grad_(False)  # a text branch that came with BERT: the queries read no text here
     if args.lora:
-        add_lora(model)
+        add_lora(model, args.lora)
     accelerator.print(model.trainable_parameters_summary())
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -154,7 +154,8 @@ def main(argv: list[str] | None = None) -> None:
         validate=validate,
     )
 
-    finish(accelerator, output_dir, max_steps, validate(), LoraCheckpoint(model) if args.lora else model, processor)
+    checkpoint = LoraCheckpoint(model, processor if args.merge_lora else None) if args.lora else model
+    finish(accelerator, output_dir, max_steps, validate(), checkpoint, processor)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""Where LoRA goes, by a word: `lm`, `qformer` or `vision`.
+
+    model.freeze_unimodal()
+    model.add_adapter(lora_config(model, "lm"))      # transformers' own way, or
+    peft.get_peft_model(model, lora_config(model, "lm"))
+
+Targets are a regular expression anchored on the part's name: a list of names such as q_proj would also hit another part.
+"""
+
+import re
+
+import torch
+
+PARTS = {"lm": "language_model", "qformer": "model.qformer", "vision": "model.vision_model"}
+
+
+def lora_targets(model: torch.nn.Module, preset: str) -> str:
+    """A regular expression that matches the linear layers of a part, or `preset` itself if it is one already.
+
+    preset: `lm` (the language model without its output layer), `qformer`, `vision`, or a regular expression over module
+    names. Raises ValueError if it matches no linear layer.
+    """
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
+    if preset not in PARTS:
+        if not any(re.fullmatch(preset, name) for name in linear):
+            raise ValueError(
+                f"No linear layer of the model matches {preset!r}. Choose {', '.join(PARTS)}, or a regular expression over "
+                f"names such as {', '.join(linear[:3])}."
+            )
+        return preset
+    part, head = PARTS[preset], model.get_output_embeddings()
+    kinds = {
+        name.rsplit(".", 1)[-1]
+        for name in linear
+        if name.startswith(f"{part}.") and model.get_submodule(name) is not head
+    }
+    if not kinds:
+        raise ValueError(f"The model has no linear layer in {part}, where {preset!r} puts LoRA. Leave it out.")
+    return rf"{re.escape(part)}\..*\.({'|'.join(sorted(map(re.escape, kinds)))})"
+
+
+def lora_config(model: torch.nn.Module, preset: str, rank: int = 8, alpha: int = 16, dropout: float = 0.05):
+    """A `peft.LoraConfig` for the preset. Query tokens and the projection are trained and saved whole."""
+    from peft import LoraConfig  # only who wants LoRA needs peft
+
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=lora_targets(model, preset),
+        modules_to_save=["query_tokens", "language_projection"],
+    )
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
