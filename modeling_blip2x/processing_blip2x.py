@@ -11,6 +11,7 @@ import copy
 import os
 
 import torch
+from PIL import Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.tokenization_utils_base import AddedToken
 
@@ -27,6 +28,13 @@ CHAT_TEMPLATE = (
     "{{ '' if loop.first else ' ' }}{{ 'Question: ' + text + ' Answer:' }}{%- else -%}{{ ' ' + text + '.' }}{%- endif -%}"
     "{%- endfor -%}"
 )
+
+
+def upright(images):
+    """Turn photos the way their EXIF data says. transformers does so for paths and URLs, not for PIL images."""
+    if isinstance(images, (list, tuple)):
+        return [upright(image) for image in images]
+    return ImageOps.exif_transpose(images) if isinstance(images, Image.Image) else images
 
 
 class Blip2xProcessor(ProcessorMixin):
@@ -98,7 +106,7 @@ class Blip2xProcessor(ProcessorMixin):
             **kwargs,
         )
         features = {}
-        images = None if images is None else self.image_processor.fetch_images(images)
+        images = None if images is None else upright(self.image_processor.fetch_images(images))
         if images is not None:
             features.update(self.image_processor(images, **merged["images_kwargs"]))
         with_placeholders = images is not None and self.num_query_tokens is not None

@@ -1,5 +1,9 @@
 """The processor: placeholders, padding, lengths, odd images, round trip, and the caller's tokenizer left alone."""
 
+import functools
+import http.server
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +112,40 @@ def test_odd_images(tmp_path):
     for name, picture in odd_images(tmp_path).items():
         pixels = stage2_processor()(picture, "a dog", return_tensors="pt").pixel_values
         assert pixels.shape == (1, 3, SIZE, SIZE) and torch.isfinite(pixels).all(), name
+
+
+def test_exif_rotation_is_honoured(tmp_path):
+    """A photo lying on its side, with the note to turn it, gives the pixels of the upright one, whichever way it comes."""
+    upright = Image.fromarray(np.tile(np.arange(0, 240, 8, dtype=np.uint8)[:, None, None], (1, 40, 3)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying; turn by 270 degrees
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    lying.save(tmp_path / "lying.png", exif=exif)
+    processor = stage2_processor()
+    expected = processor(upright, return_tensors="pt").pixel_values
+    assert not torch.equal(processor(lying, return_tensors="pt").pixel_values, expected)
+    for given in (
+        Image.open(tmp_path / "lying.png"),
+        str(tmp_path / "lying.png"),
+        [Image.open(tmp_path / "lying.png")],
+    ):
+        assert torch.equal(processor(given, return_tensors="pt").pixel_values, expected)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def test_image_by_address(tmp_path):
+    image().save(tmp_path / "red.png")
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/red.png"
+        pixels = stage2_processor()(address, return_tensors="pt").pixel_values
+        server.shutdown()
+    assert torch.equal(pixels, stage2_processor()(image(), return_tensors="pt").pixel_values)
 
 
 def test_stage1_processor_adds_dec_and_pads_on_the_right():
