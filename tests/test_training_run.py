@@ -5,11 +5,12 @@ import shutil
 from pathlib import Path
 
 import cache_features
+import numpy as np
 import pretrain_stage1
 import pretrain_stage2
 import pytest
 import torch
-from data import load_rows
+from data import CaptionDataset, load_rows
 from loop import stop_unless_finite
 from safetensors.torch import load_file
 from tiny import image
@@ -315,6 +316,26 @@ def test_cached_features_give_the_same_losses(parts, tmp_path):
             "--vision_model",
             str(tmp_path / "other"),
         )
+
+
+def test_cached_views_are_crops_and_flips_drawn_each_visit(parts, tmp_path):
+    common = ["--dataset", str(parts / "data"), "--vision_model", str(parts / "tower"), "--dtype", "float32"]
+    cache_features.main([*common, "--output_dir", str(tmp_path / "plain")])
+    cache_features.main([*common, "--output_dir", str(tmp_path / "views"), "--views", "3"])
+    plain, views = (np.load(tmp_path / name / "train.npy") for name in ("plain", "views"))
+    assert views.shape == (len(plain), 3, *plain.shape[1:])
+    assert np.allclose(views[:, 0], plain, atol=1e-5)
+    assert not np.allclose(views[:, 1], plain, atol=1e-3) and not np.allclose(views[:, 1], views[:, 2], atol=1e-3)
+    assert np.load(tmp_path / "views" / "validation.npy").ndim == 3
+
+    rows = load_rows(str(parts / "data"), "train")
+    for draw_text, drawn in ((True, {0, 1, 2}), (False, {0})):
+        data = CaptionDataset(rows, image_column="image", text_column="text", draw_text=draw_text)
+        data.use_features(views)
+        seen = [data[epoch, 0]["vision_embeds"].numpy() for epoch in range(20)]
+        assert {int(np.abs(views[0] - one).sum((1, 2)).argmin()) for one in seen} == drawn
+    flags = ["--max_steps", "2", "--no_augment", "--eval_split", "validation", "--feature_cache", str(tmp_path / "views")]
+    assert stage1(parts, tmp_path / "out", *flags)[-1]["loss_itc"] > 0
 
 
 def test_json_file_as_dataset(parts, tmp_path):

@@ -109,7 +109,8 @@ class PretrainingArguments:
             found.append("--bf16 and --fp16 are both true. Choose one.")
         if self.feature_cache and self.augment:
             found.append(
-                "--augment is true, but --feature_cache holds features of unaugmented images. Pass --augment false."
+                "--augment is true, but --feature_cache holds features of images already encoded. Pass --augment false, and "
+                "for augmented views write the cache with cache_features.py --views."
             )
         if self.min_learning_rate > self.learning_rate:
             found.append(

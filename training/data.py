@@ -112,7 +112,10 @@ class CaptionDataset(ImageDataset):
         self.prompt, self.seed, self.crop_size, self.draw_text, self.features = prompt, seed, crop_size, draw_text, None
 
     def use_features(self, features: np.ndarray) -> None:
-        """Give out rows of `features` (rows, N, D), from a feature cache, in place of images."""
+        """Give out rows of `features` (rows, N, D), from a feature cache, in place of images.
+
+        Of several views, (rows, V, N, D), each visit draws one where it draws a text too, else it takes the first.
+        """
         if len(features) != len(self):
             raise ValueError(
                 f"The feature cache holds {len(features)} rows, the dataset {len(self)}. Write the cache again."
@@ -131,7 +134,10 @@ class CaptionDataset(ImageDataset):
             "prompt": self.prompts[index][choice] if self.prompts else self.prompt,
         }
         if self.features is not None:
-            item["vision_embeds"] = torch.from_numpy(self.features[index].astype(np.float32))
+            features = self.features[index]
+            if features.ndim == 3:
+                features = features[rng.randrange(len(features)) if self.draw_text else 0]
+            item["vision_embeds"] = torch.from_numpy(features.astype(np.float32))
         else:
             image = self.image(index)
             item["image"] = augment_image(image, self.crop_size, rng) if self.crop_size else image
@@ -268,7 +274,7 @@ def rows_fingerprint(rows: datasets.Dataset, image_column: str) -> str:
 
 
 def load_features(folder: str, split: str, fingerprint: dict) -> np.ndarray:
-    """Memory map (rows, N, D) of the feature cache of a split.
+    """Memory map, (rows, N, D) or (rows, V, N, D), of the feature cache of a split.
 
     Raises ValueError if there is none, or if it was written by other weights, preprocessing or images.
     """
