@@ -22,7 +22,7 @@ from .distributed_blip2x import global_mean
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
 from .outputs_blip2x import Blip2xForConditionalGenerationOutput, Blip2xImageFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
-from .prompting_blip2x import ImagePrompting
+from .prompting_blip2x import ImagePrompting, positions_of
 from .vision_blip2x import attention_weights_of
 
 
@@ -44,6 +44,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         self.language_model = auto_class.from_config(config.text_config) if language_model is None else language_model
         width = self.language_model.get_input_embeddings().embedding_dim
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
+        self.takes_position_ids = "position_ids" in inspect.signature(self.language_model.forward).parameters
         self.post_init()
 
     @classmethod
@@ -127,7 +128,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         qformer_attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
     ) -> Blip2xImageFeatures | tuple:
         """The soft prompt (B, Q, width of the LLM) of images, in `pooler_output`. Arguments as in `Blip2xModel`."""
@@ -162,17 +163,16 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         vision_embeds: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         past_key_values: object | None = None,
         inputs_embeds: torch.Tensor | None = None,
         encoder_outputs: ModelOutput | None = None,
         mm_encoder_outputs: dict[str, Blip2xImageFeatures] | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
+        **decoder_arguments: object,
     ) -> Blip2xForConditionalGenerationOutput | tuple:
         """Language-modelling logits and loss, given images and text.
 
@@ -184,10 +184,17 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 Encoder-decoder: (B, T) targets of the decoder. They are shifted here.
             qformer_input_ids, qformer_attention_mask: (images, L') text that the queries read.
             mm_encoder_outputs: {"image": get_image_features(...)} computed earlier, in place of the images.
+            output_attentions, output_hidden_states: return those of tower, Q-Former and language model; hidden states
+                of chosen layers where this is a list.
+            decoder_arguments: of decoder-only models alone. position_ids (B, L); logits_to_keep, how many last
+                positions get logits (0 is all); shift_labels (B, L), targets already aligned with the logits, which
+                then replace labels (sequence-parallel training shifts before it splits).
 
         Raises:
             ValueError: image tokens and image features differ in number, naming both.
+            TypeError: an argument that this language model does not take.
         """
+        self._check_decoder_arguments(decoder_arguments)
         image = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_embeds is not None:
             if image is not None:
@@ -214,8 +221,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 if image is None:
                     raise ValueError("Nothing to read: pass input_ids, images, or both.")
                 input_ids = self.image_prompt(len(image.pooler_output))
-            continues = past_key_values is not None and past_key_values.get_seq_length() > 0
-            inputs_embeds = self.merge_image(input_ids, inputs_embeds, image, continues)
+            inputs_embeds = self.merge_image(input_ids, inputs_embeds, image, past_key_values)
             if attention_mask is None and past_key_values is None:
                 attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         if self.config.is_encoder_decoder:
@@ -230,26 +236,42 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             )
             loss = None if labels is None else language_modelling_loss(out.logits, labels)
         else:
-            if labels is None:
-                options["logits_to_keep"] = logits_to_keep
+            position_ids = decoder_arguments.get("position_ids")
             if position_ids is None and past_key_values is None and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # padding may be on the left
-            if position_ids is not None and "position_ids" in inspect.signature(self.language_model.forward).parameters:
+                position_ids = positions_of(attention_mask)
+            if position_ids is not None and self.takes_position_ids:
                 options["position_ids"] = position_ids
+            shift_labels = decoder_arguments.get("shift_labels")
+            if labels is None and shift_labels is None:
+                options["logits_to_keep"] = decoder_arguments.get("logits_to_keep", 0)
             with attention_weights_of(self.language_model, output_attentions):
-                out = self.language_model(
+                out = self.callable_language_model(
                     inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
                 )
-            loss = None if labels is None else language_modelling_loss(out.logits[:, :-1], labels[:, 1:])
+            loss = None
+            if shift_labels is not None:
+                loss = language_modelling_loss(out.logits, shift_labels)
+            elif labels is not None:
+                loss = language_modelling_loss(out.logits[:, :-1], labels[:, 1:])
+        queries = None if image is None else image.qformer_outputs
         output = Blip2xForConditionalGenerationOutput(
             loss=loss,
             logits=out.logits,
             **{name: out.get(name) for name in _LANGUAGE_OUTPUTS},
-            vision_outputs=image and image.qformer_outputs.vision_outputs,
-            qformer_outputs=image and image.qformer_outputs,
+            vision_outputs=None if queries is None else queries.vision_outputs,
+            qformer_outputs=queries,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _check_decoder_arguments(self, arguments: dict) -> None:
+        taken = () if self.config.is_encoder_decoder else ("position_ids", "logits_to_keep", "shift_labels")
+        unknown = [name for name in arguments if name not in taken]
+        if unknown:
+            raise TypeError(
+                f"forward of {type(self).__name__} with a {self.config.text_config.model_type} language model takes no "
+                f"argument {', '.join(map(repr, unknown))}."
+            )
 
     def _encode_and_decode(
         self,
@@ -269,7 +291,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 )
             decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
         with attention_weights_of(self.language_model, options.get("output_attentions")):
-            return self.language_model(
+            return self.callable_language_model(
                 inputs_embeds=None if encoder_outputs is not None else inputs_embeds,
                 attention_mask=attention_mask,
                 encoder_outputs=encoder_outputs,

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_blip2x import Blip2xConfig
-from .outputs_blip2x import Blip2xModelOutput
+from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
 from .qformer_blip2x import KeyValues, QFormer, QueryTokens
 from .vision_blip2x import build_vision_tower, freeze_unused_parts, vision_features
 
@@ -116,7 +116,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         vision_embeds: torch.Tensor | None,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | list[int] = False,
     ) -> BaseModelOutput:
         """Features (B, N, D) in `last_hidden_state`: of the given pixels, or the given ones; exactly one of the two."""
         if (pixel_values is None) == (vision_embeds is None):
@@ -150,11 +150,13 @@ class Blip2xModel(Blip2xPreTrainedModel):
             )
         return self.qformer.image_key_values(self.ln_vision(vision_embeds.to(self.ln_vision.weight.dtype)))
 
-    def resolve_outputs(self, attentions: bool | None, hidden_states: bool | None) -> tuple[bool, bool]:
+    def resolve_outputs(
+        self, attentions: bool | None, hidden_states: bool | list[int] | None
+    ) -> tuple[bool, bool | list[int]]:
         """Whether to return attentions and hidden states: as asked, else as the config says."""
         attentions = self.config.output_attentions if attentions is None else attentions
         hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
-        return bool(attentions), bool(hidden_states)
+        return bool(attentions), hidden_states or False
 
     def forward(
         self,
@@ -163,7 +165,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> Blip2xModelOutput | tuple:
@@ -196,7 +198,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
             )
         output = Blip2xModelOutput(
             last_hidden_state=out.hidden[:, : queries.shape[1]],
-            hidden_states=out.hidden_states if output_hidden_states else None,
+            hidden_states=chosen_hidden_states(out.hidden_states, output_hidden_states),
             attentions=out.attentions if output_attentions else None,
             cross_attentions=out.cross_attentions if output_attentions else None,
             vision_embeds=vision.last_hidden_state,

@@ -11,6 +11,14 @@ from transformers.utils import ModelOutput
 Tensors = tuple[torch.FloatTensor, ...]
 
 
+def chosen_hidden_states(states: Tensors, wanted: bool | list[int]) -> Tensors | None:
+    """Hidden states where asked for: all of them, or of a list of layers, with None in the places of the others."""
+    if isinstance(wanted, bool):
+        return states if wanted else None
+    kept = {index % len(states) for index in wanted}
+    return tuple(state if index in kept else None for index, state in enumerate(states))
+
+
 @dataclass
 class Blip2xModelOutput(ModelOutput):
     """last_hidden_state (B, Q, H): query output. vision_embeds (B, N, D): features of the tower before `ln_vision`.

@@ -73,7 +73,7 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
         negative_hardness: float = 1.0,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
     ) -> Blip2xForPreTrainingOutput | tuple:
         """The three losses of B image-text pairs, means over the global batch.
@@ -82,7 +82,8 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             pixel_values: (B, 3, height, width), or vision_embeds (B, N, D) in their place.
             input_ids, attention_mask: (B, L), [CLS] first; ITG replaces that token by [DEC].
             image_ids: (B,); pairs with equal ids are positives of one another and never hard negatives.
-            negative_seed: makes the draw of hard negatives depend on this and the row's global number alone.
+            negative_seed: makes the draw of hard negatives depend on this and the row's global number alone; None draws
+                from torch's own generator in training, and as 0 does in evaluation.
             negative_hardness: negatives are drawn by softmax(negative_hardness * ITC logits): 1 is the paper, 0 draws
                 evenly. A model that starts from nothing needs easier ones first: those of the paper are as likely as
                 the match by all that ITC knows, which early on is all that ITM can know too.

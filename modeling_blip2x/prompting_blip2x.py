@@ -4,6 +4,8 @@ The image is encoded once, before beams are laid out; decoder-only models take t
 encoder-decoder models in the input of the encoder.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from .outputs_blip2x import Blip2xImageFeatures
@@ -16,6 +18,11 @@ IMAGE_ARGUMENTS = (
     "qformer_attention_mask",
     "interpolate_pos_encoding",
 )
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions (B, L) of tokens, given attention_mask (B, L): padding may be on the left."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class ImagePrompting:
@@ -34,11 +41,11 @@ class ImagePrompting:
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
         image: Blip2xImageFeatures | None,
-        continues: bool = False,
+        past_key_values: object | None = None,
     ) -> torch.Tensor:
         """Text embeddings (B, L, width) with the soft prompt at the placeholders.
 
-        continues: these tokens go on from a cache that holds the prompt and its images.
+        past_key_values: a cache; tokens that go on from one that holds the prompt need no image of their own.
 
         Raises:
             ValueError: the number of placeholders is not the number of image features; both are named.
@@ -52,7 +59,8 @@ class ImagePrompting:
             placeholder = torch.tensor(self.config.image_token_index, device=inputs_embeds.device)
             is_image = (inputs_embeds == table(placeholder)).all(dim=-1)
         features = None if image is None else image.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-        if not continues and not torch.compiler.is_compiling():
+        # Data-dependent checks would break a compiled graph.
+        if not torch.compiler.is_compiling() and (past_key_values is None or past_key_values.get_seq_length() == 0):
             self._check_placeholders(is_image, features)
         if features is None:
             return inputs_embeds
@@ -69,7 +77,57 @@ class ImagePrompting:
                 "processor(images, text), and do not truncate the image tokens."
             )
 
+    @property
+    def generation_config(self) -> object:
+        """The language model's own: there is one set of defaults, whoever is asked to generate."""
+        return self.language_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: object) -> None:
+        if hasattr(self, "language_model"):  # transformers sets one before any part is built; the LLM makes its own
+            self.language_model.generation_config = value
+
+    @property
+    def callable_language_model(self) -> Callable:
+        """The language model, compiled while generate asks for it."""
+        return self.language_model if self._compiled_language_model is None else self._compiled_language_model
+
+    _compiled_language_model = None
+
+    def get_compiled_call(self, compile_config) -> Callable:
+        """This model with its language model compiled. The rest of a decoding step is a look-up of one embedding."""
+        compiled = self.language_model.get_compiled_call(compile_config)
+
+        def call(*arguments, **keywords):
+            self._compiled_language_model = compiled
+            try:
+                return self(*arguments, **keywords)
+            finally:
+                self._compiled_language_model = None
+
+        return call
+
     # What transformers' generate asks of a multimodal model.
+
+    def _supports_logits_to_keep(self) -> bool:
+        return not self.config.is_encoder_decoder
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs) -> dict:
+        """Adds the positions of this step's tokens, for decoder-only models. (transformers reads the name `kwargs`.)"""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if self.config.is_encoder_decoder or "position_ids" in inputs:
+            return inputs
+        tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        length = tokens.shape[1]
+        if attention_mask is not None and attention_mask.ndim == 2:
+            inputs["position_ids"] = positions_of(attention_mask)[:, -length:]
+        else:  # generate drops a mask without padding
+            cache = inputs.get("past_key_values")
+            past = 0 if cache is None else cache.get_seq_length()
+            inputs["position_ids"] = (past + torch.arange(length, device=tokens.device))[None]
+        return inputs
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs: dict):
         """Generation goes on from the text, though images are this model's main input. `inputs` may be either."""

@@ -31,6 +31,7 @@ from .outputs_blip2x import (
     Blip2xMultimodalFeatures,
     Blip2xRetrievalOutput,
     Blip2xTextFeatures,
+    chosen_hidden_states,
 )
 from .qformer_blip2x import KeyValues, QFormerOutput, select_images
 
@@ -116,7 +117,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         vision_embeds: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
     ) -> Blip2xImageFeatures | tuple:
         """Unit-norm query features (B, Q, P) of images, in `pooler_output`."""
@@ -143,7 +144,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
     ) -> Blip2xTextFeatures | tuple:
         """Unit-norm features (B, P) of texts, from their first token ([CLS]), in `pooler_output`."""
@@ -153,7 +154,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         output = Blip2xTextFeatures(
             last_hidden_state=out.hidden,
             pooler_output=F.normalize(self.text_projection(out.hidden[:, 0]), dim=-1),
-            hidden_states=out.hidden_states if output_hidden_states else None,
+            hidden_states=chosen_hidden_states(out.hidden_states, output_hidden_states),
             attentions=out.attentions if output_attentions else None,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
@@ -252,7 +253,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         vision_embeds: torch.Tensor | None,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | list[int] = False,
     ) -> EncodedPairs:
         """Encode the images of a batch once, for every objective."""
         vision = self.model.get_vision_outputs(
@@ -272,7 +273,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         pairs: EncodedPairs,
         image_ids: torch.Tensor | None,
         output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | list[int] = False,
     ) -> Contrast:
         """ITC logits of this rank's images (texts) with the texts (images) of all ranks."""
         images = F.normalize(self.vision_projection(pairs.query_output.hidden), dim=-1)
@@ -296,14 +297,14 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 
     @staticmethod
     def outputs_of(
-        pairs: EncodedPairs, contrast: Contrast, output_attentions: bool, output_hidden_states: bool
+        pairs: EncodedPairs, contrast: Contrast, output_attentions: bool, output_hidden_states: bool | list[int]
     ) -> dict[str, object]:
         """Outputs of tower and Q-Former that a forward returns where hidden states or attentions are asked for."""
         if not output_attentions and not output_hidden_states:
             return {}
         queries = Blip2xModelOutput(
             last_hidden_state=pairs.query_output.hidden,
-            hidden_states=pairs.query_output.hidden_states if output_hidden_states else None,
+            hidden_states=chosen_hidden_states(pairs.query_output.hidden_states, output_hidden_states),
             attentions=pairs.query_output.attentions if output_attentions else None,
             cross_attentions=pairs.query_output.cross_attentions if output_attentions else None,
         )
@@ -318,6 +319,8 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         """
         device = pairs.input_ids.device
         local = len(pairs.input_ids)
+        if seed is None and not self.training:
+            seed = 0  # the same evaluation gives the same loss
         uniform = uniform_numbers(pairs.first_row, local, seed, device)
         chosen = itm_pairs(
             own=pairs.first_row + torch.arange(local, device=device),
@@ -352,6 +355,10 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
     """Retrieval: contrastive logits of images and texts; ITC + ITM loss for fine-tuning."""
 
+    def __init__(self, config: Blip2xConfig, vision_model: nn.Module | None = None):
+        super().__init__(config, vision_model)
+        self.itg_head.requires_grad_(False)  # kept for the checkpoint's sake; no loss here reaches it
+
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -363,7 +370,7 @@ class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
         return_loss: bool = False,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
     ) -> Blip2xRetrievalOutput | tuple:
         """Logits (N, M) of N images and M texts; with return_loss the two must be pairs.
@@ -371,7 +378,8 @@ class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
         Args:
             pixel_values (N, 3, height, width) or vision_embeds (N, positions, D); input_ids, attention_mask (M, L).
             image_ids: (N,); equal ids are positives of one another and never negatives.
-            negative_seed: fixes the draw of hard negatives.
+            negative_seed: fixes the draw of hard negatives; None draws from torch's own generator in training, and as 0
+                does in evaluation.
             output_attentions, output_hidden_states: also return those of tower and Q-Former.
         """
         options = self.model.resolve_outputs(output_attentions, output_hidden_states)

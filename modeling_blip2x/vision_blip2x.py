@@ -14,6 +14,8 @@ from transformers import AutoModel, Blip2VisionModel, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 
+from .outputs_blip2x import chosen_hidden_states
+
 # What a tower has besides the path to its features: pooling heads and the mask of masked image modelling.
 PARTS_WITHOUT_GRADIENT = {
     "clip_vision_model": ("post_layernorm",),
@@ -66,7 +68,7 @@ def vision_features(
     feature_layer: int,
     interpolate_pos_encoding: bool = False,
     output_attentions: bool = False,
-    output_hidden_states: bool = False,
+    output_hidden_states: bool | list[int] = False,
 ) -> BaseModelOutput:
     """Features (B, N, D) of pixel_values (B, 3, height, width) in `last_hidden_state`, and what else is asked for.
 
@@ -90,6 +92,6 @@ def vision_features(
         features = features.flatten(2).transpose(1, 2)
     return BaseModelOutput(
         last_hidden_state=features,
-        hidden_states=output.hidden_states if output_hidden_states else None,
+        hidden_states=chosen_hidden_states(output.hidden_states, output_hidden_states),
         attentions=getattr(output, "attentions", None) if output_attentions else None,
     )
