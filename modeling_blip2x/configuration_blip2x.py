@@ -170,5 +170,11 @@ class Blip2xConfig(PreTrainedConfig):
         if self.num_query_tokens < 1:
             raise ValueError(f"num_query_tokens must be at least 1, got {self.num_query_tokens}.")
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The language model's config; in stage 1 the Q-Former's, which is then what reads the text."""
+        if self.text_config is None:
+            return self.qformer_config
+        return super().get_text_config(decoder=decoder, encoder=encoder)
+
     def to_dict(self) -> dict:
         return without_unknown_fields(type(self), super().to_dict())

@@ -106,6 +106,14 @@ class Blip2xModel(Blip2xPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.qformer.set_input_embeddings(value)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; the vocabulary is the Q-Former's."""
+        embeddings = self.qformer.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.vocab_size = embeddings.num_embeddings
+        return embeddings
+
     def get_vision_embeds(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """Features (B, N, D) of the tower, before `ln_vision`: what a feature cache holds and `vision_embeds` takes."""
         return self.get_vision_outputs(pixel_values, None, interpolate_pos_encoding).last_hidden_state

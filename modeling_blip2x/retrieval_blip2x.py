@@ -72,6 +72,11 @@ class ItgHead(nn.Module):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
 
+    def resize(self, vocab_size: int) -> None:
+        """Cut the bias to vocab_size entries, or add zeros."""
+        bias = F.pad(self.bias.detach(), (0, vocab_size - len(self.bias)))
+        self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+
     def forward(self, hidden: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
         """hidden (..., H), word_embeddings (vocabulary, H) -> logits (..., vocabulary)."""
         return F.linear(self.layernorm(self.activation(self.dense(hidden))), word_embeddings, self.bias)
@@ -110,6 +115,14 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; the vocabulary is the Q-Former's, and the bias of the ITG head follows it."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.itg_head.resize(embeddings.num_embeddings)
+        return embeddings
 
     def get_image_features(
         self,
