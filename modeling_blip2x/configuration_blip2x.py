@@ -46,10 +46,21 @@ KEYS_OF_TRANSFORMERS = {"model_type", "architectures", "transformers_version", "
 }  # fmt: skip
 
 
-def refuse_unknown_fields(config_class: type, keywords: dict) -> None:
-    """Raise ValueError for keywords that are neither fields of `config_class` nor known to transformers."""
+def unknown_fields(config_class: type, keywords: dict) -> list[str]:
+    """Those keywords that are neither fields of `config_class` nor known to transformers."""
     known = KEYS_OF_TRANSFORMERS | set(GenerationConfig._get_default_generation_params())
-    unknown = [k for k in keywords if k not in known and not k.startswith("_") and not hasattr(config_class, k)]
+    return [k for k in keywords if k not in known and not k.startswith("_") and not hasattr(config_class, k)]
+
+
+def without_unknown_fields(config_class: type, dictionary: dict) -> dict:
+    """A config's dictionary without attributes that were hung on the object: loading would refuse what they write."""
+    unknown = unknown_fields(config_class, dictionary)
+    return {name: value for name, value in dictionary.items() if name not in unknown}
+
+
+def refuse_unknown_fields(config_class: type, keywords: dict) -> None:
+    """Raise ValueError for `unknown_fields`."""
+    unknown = unknown_fields(config_class, keywords)
     if unknown:
         own = [name for name in config_class.__annotations__ if not name.startswith("_")]
         near = [match for name in unknown for match in get_close_matches(name, own, n=1)]
@@ -61,7 +72,8 @@ def refuse_unknown_fields(config_class: type, keywords: dict) -> None:
 class Blip2xQFormerConfig(PreTrainedConfig):
     """Querying Transformer; BERT-base shape by default (paper, section 3.1).
 
-    vocab_size: rows of the word embedding, [DEC] included. bos_token_id: [DEC], the start token of ITG.
+    vocab_size: rows of the word embedding, [DEC] included. bos_token_id: [DEC], the start token of ITG; by default the
+    last row.
     eos_token_id: [SEP], where captions of the ITG head end; None lets them run to their longest length.
     cross_attention_frequency: every n-th layer, from layer 0, attends to the image.
     encoder_hidden_size: width of the image features; derived from the vision config by `Blip2xConfig`.
@@ -82,7 +94,7 @@ class Blip2xQFormerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
-    bos_token_id: int | None = 30522
+    bos_token_id: int | None = None
     eos_token_id: int | None = None
     cross_attention_frequency: int = 2
     encoder_hidden_size: int | None = None
@@ -98,11 +110,16 @@ class Blip2xQFormerConfig(PreTrainedConfig):
             )
         if self.cross_attention_frequency < 1:
             raise ValueError(f"cross_attention_frequency must be at least 1, got {self.cross_attention_frequency}.")
-        if self.bos_token_id is not None and self.bos_token_id >= self.vocab_size:
+        if self.bos_token_id is None:
+            self.bos_token_id = self.vocab_size - 1
+        if self.bos_token_id >= self.vocab_size:
             raise ValueError(
                 f"bos_token_id ([DEC]) is {self.bos_token_id}, outside the vocabulary of {self.vocab_size}. Set "
                 "vocab_size to the length of the Q-Former's tokenizer, [DEC] included."
             )
+
+    def to_dict(self) -> dict:
+        return without_unknown_fields(type(self), super().to_dict())
 
 
 @strict
@@ -118,6 +135,7 @@ class Blip2xConfig(PreTrainedConfig):
     """
 
     model_type = "blip2x"
+    keys_to_ignore_at_inference = ["past_key_values", "vision_outputs", "qformer_outputs", "text_outputs"]
     attribute_map = {"image_token_id": "image_token_index"}
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
@@ -151,3 +169,12 @@ class Blip2xConfig(PreTrainedConfig):
             raise ValueError(f"objectives must name some of itc, itm, itg, got {list(self.objectives)}.")
         if self.num_query_tokens < 1:
             raise ValueError(f"num_query_tokens must be at least 1, got {self.num_query_tokens}.")
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The language model's config; in stage 1 the Q-Former's, which is then what reads the text."""
+        if self.text_config is None:
+            return self.qformer_config
+        return super().get_text_config(decoder=decoder, encoder=encoder)
+
+    def to_dict(self) -> dict:
+        return without_unknown_fields(type(self), super().to_dict())

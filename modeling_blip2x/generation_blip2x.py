@@ -9,7 +9,6 @@ of beams. Output of a decoder-only model begins with the prompt's ids; `Blip2xPr
 
 import copy
 import inspect
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,50 +20,14 @@ from .building_blip2x import build_generative, hand_over
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .distributed_blip2x import global_mean
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
+from .outputs_blip2x import Blip2xForConditionalGenerationOutput, Blip2xImageFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
-
-IMAGE_ARGUMENTS = (
-    "pixel_values",
-    "vision_embeds",
-    "qformer_input_ids",
-    "qformer_attention_mask",
-    "interpolate_pos_encoding",
-)
+from .prompting_blip2x import ImagePrompting, positions_of
+from .vision_blip2x import attention_weights_of
 
 
-@dataclass
-class Blip2xImageFeatures(ModelOutput):
-    """pooler_output (B, Q, width of the LLM): the soft prompt. last_hidden_state (B, Q, H): what it is projected from."""
-
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-
-
-@dataclass
-class Blip2xForConditionalGenerationOutput(ModelOutput):
-    """loss and logits of the language model; the Q-Former's outputs in `qformer_outputs`."""
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: object | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    qformer_outputs: Blip2xImageFeatures | None = None
-
-
-class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
+class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, GenerationMixin):
     """Vision tower, Q-Former, projection and language model."""
-
-    main_input_name = "input_ids"
 
     def __init__(
         self, config: Blip2xConfig, vision_model: nn.Module | None = None, language_model: nn.Module | None = None
@@ -81,6 +44,7 @@ class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
         self.language_model = auto_class.from_config(config.text_config) if language_model is None else language_model
         width = self.language_model.get_input_embeddings().embedding_dim
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
+        self.takes_position_ids = "position_ids" in inspect.signature(self.language_model.forward).parameters
         self.post_init()
 
     @classmethod
@@ -164,11 +128,11 @@ class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
         qformer_attention_mask: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
-    ) -> Blip2xImageFeatures:
+    ) -> Blip2xImageFeatures | tuple:
         """The soft prompt (B, Q, width of the LLM) of images, in `pooler_output`. Arguments as in `Blip2xModel`."""
-        out = self.model(
+        queries = self.model(
             pixel_values,
             vision_embeds,
             qformer_input_ids,
@@ -178,58 +142,15 @@ class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
             interpolate_pos_encoding,
             return_dict=True,
         )
-        soft_prompt = self.language_projection(out.last_hidden_state.to(self.language_projection.weight.dtype))
-        return Blip2xImageFeatures(
-            out.last_hidden_state, soft_prompt, out.hidden_states, out.attentions, out.cross_attentions
+        output = Blip2xImageFeatures(
+            last_hidden_state=queries.vision_embeds,
+            pooler_output=self.language_projection(queries.last_hidden_state.to(self.language_projection.weight.dtype)),
+            hidden_states=queries.vision_outputs.hidden_states,
+            attentions=queries.vision_outputs.attentions,
+            qformer_outputs=queries,
         )
-
-    def image_prompt(self, batch_size: int) -> torch.Tensor:
-        """input_ids (batch_size, Q or Q + 1) of a prompt without text: the image, then BOS if the decoder has one."""
-        ids = [self.config.image_token_index] * self.config.num_query_tokens
-        bos = getattr(self.config.text_config, "bos_token_id", None)
-        if not self.config.is_encoder_decoder and bos is not None:
-            ids.append(bos)
-        return torch.tensor([ids], device=self.device).expand(batch_size, -1)
-
-    def merge_image(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        image: Blip2xImageFeatures | None,
-        continues: bool = False,
-    ) -> torch.Tensor:
-        """Text embeddings (B, L, width) with the soft prompt at the placeholders.
-
-        continues: these tokens go on from a cache that holds the prompt and its images.
-
-        Raises:
-            ValueError: the number of placeholders is not the number of image features; both are named.
-        """
-        table = self.get_input_embeddings()
-        if inputs_embeds is None:
-            is_image = input_ids == self.config.image_token_index
-            # The placeholder's id may lie outside the table, and what it would look up is replaced anyway.
-            inputs_embeds = table(input_ids.masked_fill(is_image, 0))
-        else:
-            placeholder = torch.tensor(self.config.image_token_index, device=inputs_embeds.device)
-            is_image = (inputs_embeds == table(placeholder)).all(dim=-1)
-        features = None if image is None else image.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-        if not continues and not torch.compiler.is_compiling():
-            self._check_placeholders(is_image, features)
-        if features is None:
-            return inputs_embeds
-        return inputs_embeds.masked_scatter(is_image[..., None], features)
-
-    def _check_placeholders(self, is_image: torch.Tensor, features: torch.Tensor | None) -> None:
-        placeholders = int(is_image.sum())
-        expected = 0 if features is None else features.numel() // features.shape[-1]
-        if placeholders != expected:
-            rows = is_image.sum(dim=1).tolist()
-            raise ValueError(
-                f"The text has {placeholders} image tokens (id {self.config.image_token_index}; {rows} by row) but the "
-                f"images give {expected} features ({self.config.num_query_tokens} for each image). Build input_ids with "
-                "processor(images, text), and do not truncate the image tokens."
-            )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     def forward(
         self,
@@ -242,17 +163,16 @@ class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         vision_embeds: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         past_key_values: object | None = None,
         inputs_embeds: torch.Tensor | None = None,
         encoder_outputs: ModelOutput | None = None,
         mm_encoder_outputs: dict[str, Blip2xImageFeatures] | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
+        **decoder_arguments: object,
     ) -> Blip2xForConditionalGenerationOutput | tuple:
         """Language-modelling logits and loss, given images and text.
 
@@ -264,10 +184,17 @@ class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
                 Encoder-decoder: (B, T) targets of the decoder. They are shifted here.
             qformer_input_ids, qformer_attention_mask: (images, L') text that the queries read.
             mm_encoder_outputs: {"image": get_image_features(...)} computed earlier, in place of the images.
+            output_attentions, output_hidden_states: return those of tower, Q-Former and language model; hidden states
+                of chosen layers where this is a list.
+            decoder_arguments: of decoder-only models alone. position_ids (B, L); logits_to_keep, how many last
+                positions get logits (0 is all); shift_labels (B, L), targets already aligned with the logits, which
+                then replace labels (sequence-parallel training shifts before it splits).
 
         Raises:
             ValueError: image tokens and image features differ in number, naming both.
+            TypeError: an argument that this language model does not take.
         """
+        self._check_decoder_arguments(decoder_arguments)
         image = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_embeds is not None:
             if image is not None:
@@ -280,6 +207,7 @@ class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
                 interpolate_pos_encoding,
                 output_attentions,
                 output_hidden_states,
+                return_dict=True,
             )
         options = {
             "past_key_values": past_key_values,
@@ -293,8 +221,7 @@ class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
                 if image is None:
                     raise ValueError("Nothing to read: pass input_ids, images, or both.")
                 input_ids = self.image_prompt(len(image.pooler_output))
-            continues = past_key_values is not None and past_key_values.get_seq_length() > 0
-            inputs_embeds = self.merge_image(input_ids, inputs_embeds, image, continues)
+            inputs_embeds = self.merge_image(input_ids, inputs_embeds, image, past_key_values)
             if attention_mask is None and past_key_values is None:
                 attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         if self.config.is_encoder_decoder:
@@ -309,24 +236,42 @@ class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
             )
             loss = None if labels is None else language_modelling_loss(out.logits, labels)
         else:
-            if labels is None:
-                options["logits_to_keep"] = logits_to_keep
+            position_ids = decoder_arguments.get("position_ids")
             if position_ids is None and past_key_values is None and attention_mask.ndim == 2:
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # padding may be on the left
-            if position_ids is not None and "position_ids" in inspect.signature(self.language_model.forward).parameters:
+                position_ids = positions_of(attention_mask)
+            if position_ids is not None and self.takes_position_ids:
                 options["position_ids"] = position_ids
-            out = self.language_model(
-                inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
-            )
-            loss = None if labels is None else language_modelling_loss(out.logits[:, :-1], labels[:, 1:])
+            shift_labels = decoder_arguments.get("shift_labels")
+            if labels is None and shift_labels is None:
+                options["logits_to_keep"] = decoder_arguments.get("logits_to_keep", 0)
+            with attention_weights_of(self.language_model, output_attentions):
+                out = self.callable_language_model(
+                    inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
+                )
+            loss = None
+            if shift_labels is not None:
+                loss = language_modelling_loss(out.logits, shift_labels)
+            elif labels is not None:
+                loss = language_modelling_loss(out.logits[:, :-1], labels[:, 1:])
+        queries = None if image is None else image.qformer_outputs
         output = Blip2xForConditionalGenerationOutput(
             loss=loss,
             logits=out.logits,
             **{name: out.get(name) for name in _LANGUAGE_OUTPUTS},
-            qformer_outputs=image,
+            vision_outputs=None if queries is None else queries.vision_outputs,
+            qformer_outputs=queries,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+    def _check_decoder_arguments(self, arguments: dict) -> None:
+        taken = () if self.config.is_encoder_decoder else ("position_ids", "logits_to_keep", "shift_labels")
+        unknown = [name for name in arguments if name not in taken]
+        if unknown:
+            raise TypeError(
+                f"forward of {type(self).__name__} with a {self.config.text_config.model_type} language model takes no "
+                f"argument {', '.join(map(repr, unknown))}."
+            )
 
     def _encode_and_decode(
         self,
@@ -345,55 +290,16 @@ class Blip2xForConditionalGeneration(Blip2xPreTrainedModel, GenerationMixin):
                     "generate."
                 )
             decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
-        return self.language_model(
-            inputs_embeds=None if encoder_outputs is not None else inputs_embeds,
-            attention_mask=attention_mask,
-            encoder_outputs=encoder_outputs,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            return_dict=True,
-            **options,
-        )
-
-    # What transformers' generate asks of a multimodal model.
-
-    def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
-        """A prompt of images alone is the placeholders and BOS."""
-        images = (
-            model_kwargs.get("pixel_values")
-            if model_kwargs.get("vision_embeds") is None
-            else model_kwargs["vision_embeds"]
-        )
-        if inputs is None and images is not None and model_kwargs.get("inputs_embeds") is None:
-            inputs = self.image_prompt(len(images))
-            model_kwargs["attention_mask"] = torch.ones_like(inputs)
-            return inputs
-        return super()._maybe_initialize_input_ids_for_generation(inputs, bos_token_id, model_kwargs)
-
-    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs: dict) -> dict:
-        """Decoder-only: encode the images once, before beams are laid out."""
-        arguments = {name: model_kwargs.pop(name) for name in IMAGE_ARGUMENTS if model_kwargs.get(name) is not None}
-        if "pixel_values" in arguments or "vision_embeds" in arguments:
-            model_kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**arguments)}
-        return model_kwargs
-
-    def _prepare_text_encoder_decoder_kwargs_for_generation(
-        self, inputs_tensor, model_kwargs: dict, model_input_name: str | None, generation_config
-    ) -> dict:
-        """Encoder-decoder: merge the soft prompt into the encoder's input, then encode once."""
-        model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
-        image = model_kwargs.pop("mm_encoder_outputs", {}).get("image")
-        is_embeds = inputs_tensor.is_floating_point()
-        embeds = self.merge_image(None if is_embeds else inputs_tensor, inputs_tensor if is_embeds else None, image)
-        model_kwargs["encoder_outputs"] = self.get_encoder()(
-            inputs_embeds=embeds,
-            attention_mask=model_kwargs.get("attention_mask"),
-            output_attentions=generation_config.output_attentions,
-            output_hidden_states=generation_config.output_hidden_states,
-            return_dict=True,
-        )
-        model_kwargs.pop("inputs_embeds", None)
-        return model_kwargs
+        with attention_weights_of(self.language_model, options.get("output_attentions")):
+            return self.callable_language_model(
+                inputs_embeds=None if encoder_outputs is not None else inputs_embeds,
+                attention_mask=attention_mask,
+                encoder_outputs=encoder_outputs,
+                decoder_input_ids=decoder_input_ids,
+                decoder_attention_mask=decoder_attention_mask,
+                return_dict=True,
+                **options,
+            )
 
 
 _LANGUAGE_OUTPUTS = (

@@ -7,34 +7,18 @@ tokens from N(0, 0.02): at zero they would stay identical for ever, each getting
 norms from 1. Tower and LLM initialise themselves.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_blip2x import Blip2xConfig
+from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
 from .qformer_blip2x import KeyValues, QFormer, QueryTokens
-from .vision_blip2x import build_vision_tower, vision_features
+from .vision_blip2x import build_vision_tower, freeze_unused_parts, vision_features
 
 QUERY_STD = 0.02  # of the official implementation
-
-
-@dataclass
-class Blip2xModelOutput(ModelOutput):
-    """last_hidden_state (B, Q, H): query output. vision_embeds (B, N, D): features of the tower before `ln_vision`.
-
-    hidden_states (layers + 1) of (B, Q, H), attentions (layers) of (B, heads, Q, Q) and cross_attentions (one for each
-    layer that has them) of (B, heads, Q, N) where asked for.
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    vision_embeds: torch.FloatTensor | None = None
 
 
 class Blip2xPreTrainedModel(PreTrainedModel):
@@ -48,6 +32,7 @@ class Blip2xPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False  # losses are means over the global batch; Trainer must not divide them again
     _supports_sdpa = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
     _no_split_modules = ["QFormerLayer", "QFormerTextEmbeddings", "QueryTokens"]
     _skip_keys_device_placement = ["past_key_values"]
 
@@ -108,7 +93,8 @@ class Blip2xModel(Blip2xPreTrainedModel):
         """vision_model: a loaded tower to take, of the config's vision_config, instead of a random one."""
         super().__init__(config)
         qformer_config = config.qformer_config
-        self.vision_model = build_vision_tower(config.vision_config) if vision_model is None else vision_model
+        tower = build_vision_tower(config.vision_config) if vision_model is None else vision_model
+        self.vision_model = freeze_unused_parts(tower)
         self.ln_vision = nn.LayerNorm(qformer_config.encoder_hidden_size, eps=config.vision_layer_norm_eps)
         self.query_tokens = QueryTokens(config.num_query_tokens, qformer_config.hidden_size)
         self.qformer = QFormer._from_config(qformer_config)
@@ -120,9 +106,32 @@ class Blip2xModel(Blip2xPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.qformer.set_input_embeddings(value)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; the vocabulary is the Q-Former's."""
+        embeddings = self.qformer.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.vocab_size = embeddings.num_embeddings
+        return embeddings
+
     def get_vision_embeds(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """Features (B, N, D) of the tower, before `ln_vision`: what a feature cache holds and `vision_embeds` takes."""
-        config = self.config
+        return self.get_vision_outputs(pixel_values, None, interpolate_pos_encoding).last_hidden_state
+
+    def get_vision_outputs(
+        self,
+        pixel_values: torch.Tensor | None,
+        vision_embeds: torch.Tensor | None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool | list[int] = False,
+    ) -> BaseModelOutput:
+        """Features (B, N, D) in `last_hidden_state`: of the given pixels, or the given ones; exactly one of the two."""
+        if (pixel_values is None) == (vision_embeds is None):
+            given = "neither" if pixel_values is None else "both"
+            raise ValueError(f"Pass either pixel_values or vision_embeds, got {given}.")
+        if vision_embeds is not None:
+            return BaseModelOutput(last_hidden_state=vision_embeds)
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. Add the "
@@ -130,13 +139,14 @@ class Blip2xModel(Blip2xPreTrainedModel):
             )
         frozen = not any(parameter.requires_grad for parameter in self.vision_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features, _ = vision_features(
+            return vision_features(
                 self.vision_model,
                 pixel_values.to(self.vision_model.dtype),
-                config.vision_feature_layer,
+                self.config.vision_feature_layer,
                 interpolate_pos_encoding,
+                output_attentions,
+                output_hidden_states,
             )
-        return features
 
     def image_key_values(self, vision_embeds: torch.Tensor) -> tuple[KeyValues | None, ...]:
         """vision_embeds (B, N, D) -> normalised, then keys and values for every cross-attention of the Q-Former."""
@@ -148,19 +158,13 @@ class Blip2xModel(Blip2xPreTrainedModel):
             )
         return self.qformer.image_key_values(self.ln_vision(vision_embeds.to(self.ln_vision.weight.dtype)))
 
-    def vision_embeds_or_encode(
-        self,
-        pixel_values: torch.Tensor | None,
-        vision_embeds: torch.Tensor | None,
-        interpolate_pos_encoding: bool = False,
-    ) -> torch.Tensor:
-        """The given features, or those of the given pixels; exactly one of the two."""
-        if (pixel_values is None) == (vision_embeds is None):
-            given = "neither" if pixel_values is None else "both"
-            raise ValueError(f"Pass either pixel_values or vision_embeds, got {given}.")
-        if vision_embeds is not None:
-            return vision_embeds
-        return self.get_vision_embeds(pixel_values, interpolate_pos_encoding)
+    def resolve_outputs(
+        self, attentions: bool | None, hidden_states: bool | list[int] | None
+    ) -> tuple[bool, bool | list[int]]:
+        """Whether to return attentions and hidden states: as asked, else as the config says."""
+        attentions = self.config.output_attentions if attentions is None else attentions
+        hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
+        return bool(attentions), hidden_states or False
 
     def forward(
         self,
@@ -169,7 +173,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         qformer_input_ids: torch.Tensor | None = None,
         qformer_attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
     ) -> Blip2xModelOutput | tuple:
@@ -179,36 +183,37 @@ class Blip2xModel(Blip2xPreTrainedModel):
             pixel_values: (B, 3, height, width). vision_embeds: (B, N, D) in their place, skips the tower.
             qformer_input_ids: (B, L) text that the queries attend to, for instruction-aware queries; with
                 qformer_attention_mask (B, L), all ones by default.
-            output_attentions: return weights; this call then uses eager attention, as sdpa has no weights to return.
+            output_attentions: return weights of tower and Q-Former; this call then uses eager attention, as sdpa has no
+                weights to return. output_hidden_states: of both.
             interpolate_pos_encoding: for images of another size than the tower was trained on.
 
         Raises:
             ValueError: both or none of pixel_values and vision_embeds, or shapes that do not fit the tower.
         """
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions, output_hidden_states = self.resolve_outputs(output_attentions, output_hidden_states)
+        vision = self.get_vision_outputs(
+            pixel_values, vision_embeds, interpolate_pos_encoding, output_attentions, output_hidden_states
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        vision_embeds = self.vision_embeds_or_encode(pixel_values, vision_embeds, interpolate_pos_encoding)
-        image = self.image_key_values(vision_embeds)
-        queries = self.query_tokens(len(vision_embeds))
+        image = self.image_key_values(vision.last_hidden_state)
+        queries = self.query_tokens(len(vision.last_hidden_state))
         if qformer_input_ids is None:
-            out = self.qformer.encode_queries(queries, image, bool(output_attentions))
+            out = self.qformer.encode_queries(queries, image, output_attentions)
         else:
             if qformer_attention_mask is None:
                 qformer_attention_mask = torch.ones_like(qformer_input_ids)
             out = self.qformer.encode_pairs(
-                queries, qformer_input_ids, qformer_attention_mask, image, bool(output_attentions)
+                queries, qformer_input_ids, qformer_attention_mask, image, output_attentions
             )
         output = Blip2xModelOutput(
             last_hidden_state=out.hidden[:, : queries.shape[1]],
-            hidden_states=out.hidden_states if output_hidden_states else None,
+            hidden_states=chosen_hidden_states(out.hidden_states, output_hidden_states),
             attentions=out.attentions if output_attentions else None,
             cross_attentions=out.cross_attentions if output_attentions else None,
-            vision_embeds=vision_embeds,
+            vision_embeds=vision.last_hidden_state,
+            vision_outputs=vision,
         )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
 
-__all__ = ["Blip2xModel", "Blip2xModelOutput", "Blip2xPreTrainedModel"]
+__all__ = ["Blip2xModel", "Blip2xPreTrainedModel"]

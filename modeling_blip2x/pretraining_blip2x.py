@@ -9,33 +9,18 @@ alone (ITC) and once causally (ITG), and the pairs of ITM, whose images are inde
 """
 
 import warnings
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.utils import ModelOutput
 
 from .building_blip2x import build_pretraining
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .losses_blip2x import itc_loss, itg_loss
+from .outputs_blip2x import Blip2xForPreTrainingOutput
 from .qformer_blip2x import QFormer
 from .retrieval_blip2x import Blip2xImageTextModel, EncodedPairs, ItgHead
-
-
-@dataclass
-class Blip2xForPreTrainingOutput(ModelOutput):
-    """loss = loss_itc + loss_itm + loss_itg; logits (B, N) against the global batch, cosine / temperature."""
-
-    loss: torch.FloatTensor | None = None
-    loss_itc: torch.FloatTensor | None = None
-    loss_itm: torch.FloatTensor | None = None
-    loss_itg: torch.FloatTensor | None = None
-    itm_accuracy: torch.FloatTensor | None = None
-    temperature: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
 
 
 class Blip2xForPreTraining(Blip2xImageTextModel):
@@ -86,6 +71,9 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
         vision_embeds: torch.Tensor | None = None,
         negative_seed: int | None = None,
         negative_hardness: float = 1.0,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         return_dict: bool | None = None,
     ) -> Blip2xForPreTrainingOutput | tuple:
         """The three losses of B image-text pairs, means over the global batch.
@@ -94,20 +82,25 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             pixel_values: (B, 3, height, width), or vision_embeds (B, N, D) in their place.
             input_ids, attention_mask: (B, L), [CLS] first; ITG replaces that token by [DEC].
             image_ids: (B,); pairs with equal ids are positives of one another and never hard negatives.
-            negative_seed: makes the draw of hard negatives depend on this and the row's global number alone.
+            negative_seed: makes the draw of hard negatives depend on this and the row's global number alone; None draws
+                from torch's own generator in training, and as 0 does in evaluation.
             negative_hardness: negatives are drawn by softmax(negative_hardness * ITC logits): 1 is the paper, 0 draws
                 evenly. A model that starts from nothing needs easier ones first: those of the paper are as likely as
                 the match by all that ITC knows, which early on is all that ITM can know too.
+            output_attentions, output_hidden_states: also return those of tower and Q-Former.
 
         Raises:
             ValueError: no text, or numbers of images and texts that differ.
         """
         if input_ids is None:
             raise ValueError("Stage 1 needs texts: input_ids is None. Pass the output of processor(images, text).")
-        pairs = self.encode_pairs(pixel_values, input_ids, attention_mask, vision_embeds)
+        options = self.model.resolve_outputs(output_attentions, output_hidden_states)
+        pairs = self.encode_pairs(
+            pixel_values, input_ids, attention_mask, vision_embeds, interpolate_pos_encoding, *options
+        )
         if sum(pairs.sizes) == 1:
             self._warn_of_single_pair()
-        contrast = self.contrast(pairs, image_ids)
+        contrast = self.contrast(pairs, image_ids, *options)
         losses = {}
         if "itc" in self.config.objectives:
             losses["loss_itc"] = itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
@@ -123,6 +116,7 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             temperature=self.temperature.detach()[0],
             logits_per_image=contrast.logits_per_image,
             logits_per_text=contrast.logits_per_text,
+            **self.outputs_of(pairs, contrast, *options),
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
@@ -148,7 +142,7 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
 
         generation_arguments: those of transformers' generate (num_beams, do_sample, top_p, ...), checked by it.
         """
-        vision_embeds = self.model.vision_embeds_or_encode(pixel_values, vision_embeds)
+        vision_embeds = self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
         image = self.model.image_key_values(vision_embeds)
         queries = self.model.qformer.encode_queries(self.model.query_tokens(len(vision_embeds)), image)
         # One tensor (B, layers, 2, heads, Q, d): generate repeats tensors for beams, not tuples of them.

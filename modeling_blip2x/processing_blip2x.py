@@ -13,11 +13,14 @@ import os
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import AddedToken
 
 IMAGE_TOKEN = "<image>"
 DEC_TOKEN = "[DEC]"
 QFORMER_TOKENIZER = "qformer_tokenizer"  # its folder in a checkpoint
+# Arguments of a batch, or of processors that lay out their placeholders in the text, which these do not.
+NOT_OF_ONE_TEXT = ("return_tensors", "text_pair", "return_mm_token_type_ids", "return_text_replacement_offsets")
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['content'] is string -%}{%- set text = message['content'] -%}{%- else -%}{%- set ns = namespace(t='') -%}"
@@ -69,19 +72,14 @@ class Blip2xProcessor(ProcessorMixin):
         self.num_query_tokens = num_query_tokens
         self.image_token = IMAGE_TOKEN if num_query_tokens is not None else None
         self.image_token_id = None if num_query_tokens is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._qformer_tokenizer = qformer_tokenizer
+        self.qformer_tokenizer = qformer_tokenizer
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(
         self,
         images=None,
         text: str | list[str] | None = None,
-        *,
-        padding: bool | str = False,
-        truncation: bool = False,
-        max_length: int | None = None,
-        return_tensors: str | None = None,
-        **kwargs,
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """pixel_values of images; input_ids and attention_mask of texts, image placeholders included; for a stage-2
         processor with a Q-Former tokenizer also qformer_input_ids and qformer_attention_mask.
@@ -89,8 +87,9 @@ class Blip2xProcessor(ProcessorMixin):
         Args:
             images: one image or a list (PIL, array, tensor, path or URL). text: one string or a list, as many as images.
                 A text may say where the image goes by one `<image>`; otherwise it goes first.
-            max_length: longest input_ids, image placeholders included; only text is ever truncated.
-            kwargs: other arguments of transformers' processors, for tokenizer or image processor, checked by them.
+            kwargs: padding, truncation, max_length, return_tensors and other arguments of transformers' processors, for
+                tokenizer or image processor, checked by them. max_length is that of input_ids, image placeholders
+                included; only text is ever truncated.
 
         Raises:
             ValueError: nothing given, several placeholders in a text, images and texts that differ in number, or a
@@ -98,13 +97,9 @@ class Blip2xProcessor(ProcessorMixin):
         """
         if images is None and text is None:
             raise ValueError("Pass images, text, or both: both are None.")
-        merged = self._merge_kwargs(
-            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
-            padding=padding,
-            truncation=truncation,
-            max_length=max_length,
-            **kwargs,
-        )
+        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        options = merged["text_kwargs"]
+        return_tensors = options.get("return_tensors")
         features = {}
         images = None if images is None else upright(self.image_processor.fetch_images(images))
         if images is not None:
@@ -123,18 +118,20 @@ class Blip2xProcessor(ProcessorMixin):
                     f"Got {count} images and {len(texts)} texts. Pass one text for each image; repeat the image to ask "
                     "several questions of it."
                 )
-            features.update(self._encode(texts, with_placeholders, merged["text_kwargs"]))
+            features.update(self._encode(texts, with_placeholders, options))
             if with_placeholders and self.qformer_tokenizer is not None:
                 plain = [t.replace(IMAGE_TOKEN, "").strip() for t in texts]
-                encoded = self.qformer_tokenizer(plain, padding=padding or False, truncation=truncation)
+                encoded = self.qformer_tokenizer(
+                    plain, padding=options.get("padding", False), truncation=options.get("truncation", False)
+                )
                 features["qformer_input_ids"] = encoded["input_ids"]
                 features["qformer_attention_mask"] = encoded["attention_mask"]
         elif with_placeholders:
-            features.update(self._encode([""] * len(features["pixel_values"]), True, merged["text_kwargs"]))
+            features.update(self._encode([""] * len(features["pixel_values"]), True, options))
         return BatchFeature(features, tensor_type=return_tensors)
 
     def _encode(self, texts: list[str], with_image: bool, options: dict) -> dict:
-        options = {name: value for name, value in options.items() if name not in ("return_tensors", "text_pair")}
+        options = {name: value for name, value in options.items() if name not in NOT_OF_ONE_TEXT}
         padding, max_length = options.pop("padding", False), options.pop("max_length", None)
         truncation, multiple = options.pop("truncation", False), options.pop("pad_to_multiple_of", None)
         padding_side = options.pop("padding_side", None)
@@ -149,16 +146,23 @@ class Blip2xProcessor(ProcessorMixin):
         batch = {name: [row[name] for row in rows] for name in rows[0]}
         if not padding:
             return batch
-        return dict(
+        offsets = batch.pop("offset_mapping", None)
+        padded = dict(
             self.tokenizer.pad(
                 batch, padding=padding, max_length=max_length, pad_to_multiple_of=multiple, padding_side=padding_side
             )
         )
+        if offsets is not None:  # the tokenizer pads only what it knows
+            on_left = (padding_side or self.tokenizer.padding_side) == "left"
+            missing = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets)]
+            padded["offset_mapping"] = [pad + row if on_left else row + pad for pad, row in zip(missing, offsets)]
+        return padded
 
     def _encode_one(self, text: str, with_image: bool, truncation: bool, room: int | None, options: dict) -> dict:
         """One text to ids. The placeholders go before BOS, or where the text has its `<image>`."""
         placeholders = [] if not with_image else [self.image_token_id] * self.num_query_tokens
-        before, after = "", text
+        before, after, found = "", text, 0
+        wants_offsets = bool(options.get("return_offsets_mapping"))
         if self.num_query_tokens is not None:
             text = text.replace(IMAGE_TOKEN * self.num_query_tokens, IMAGE_TOKEN)  # already laid out: once is enough
             found = text.count(IMAGE_TOKEN)
@@ -169,13 +173,20 @@ class Blip2xProcessor(ProcessorMixin):
                 )
             if found:
                 before, after = text.split(IMAGE_TOKEN)
-        head = self.tokenizer(before, add_special_tokens=False)["input_ids"] if before.strip() else []
-        options = options | {"truncation": truncation, "max_length": None if room is None else max(room - len(head), 0)}
+        head = self.tokenizer(before, add_special_tokens=False, return_offsets_mapping=wants_offsets)
+        head = {name: values if before.strip() else [] for name, values in head.items()}
+        used = len(head["input_ids"])
+        options = options | {"truncation": truncation, "max_length": None if room is None else max(room - used, 0)}
         row = self.tokenizer(after, **options)
-        added = head + placeholders
-        row["input_ids"] = added + row["input_ids"]
-        row["attention_mask"] = [1] * len(added) + row["attention_mask"]
-        return {name: row[name] for name in ("input_ids", "attention_mask")}
+        encoded = {
+            "input_ids": head["input_ids"] + placeholders + row["input_ids"],
+            "attention_mask": [1] * (used + len(placeholders)) + row["attention_mask"],
+        }
+        if wants_offsets:
+            shift = len(before) + len(IMAGE_TOKEN) if found else 0
+            behind = [(start + shift, end + shift) if end else (0, 0) for start, end in row["offset_mapping"]]
+            encoded["offset_mapping"] = head["offset_mapping"] + [(0, 0)] * len(placeholders) + behind
+        return encoded
 
     def batch_decode_new(self, ids: torch.Tensor, input_ids: torch.Tensor) -> list[str]:
         """Text that `generate` wrote after the prompt `input_ids` (B, L), for decoder-only and encoder-decoder models.
@@ -190,10 +201,6 @@ class Blip2xProcessor(ProcessorMixin):
     # transformers' processors hold and save every component of their signature. The Q-Former's tokenizer may be absent,
     # so it is kept, saved and loaded here.
 
-    @property
-    def qformer_tokenizer(self):
-        return self._qformer_tokenizer
-
     @classmethod
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
@@ -204,7 +211,11 @@ class Blip2xProcessor(ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def to_dict(self) -> dict:
-        return super().to_dict() | {"has_qformer_tokenizer": self.qformer_tokenizer is not None}
+        bare = copy.copy(self)
+        bare.qformer_tokenizer = None
+        output = super(Blip2xProcessor, bare).to_dict()
+        del output["qformer_tokenizer"]
+        return output | {"has_qformer_tokenizer": self.qformer_tokenizer is not None}
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:

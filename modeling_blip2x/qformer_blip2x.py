@@ -134,26 +134,33 @@ class QFormerLayer(GradientCheckpointingLayer):
         hidden: torch.Tensor,
         num_queries: int,
         mask: torch.Tensor | None,
-        image_key_values: KeyValues | None,
-        prefix_key_values: KeyValues | None,
+        image_keys: torch.Tensor | None,
+        image_values: torch.Tensor | None,
+        prefix_keys: torch.Tensor | None,
+        prefix_values: torch.Tensor | None,
         return_weights: bool,
-    ) -> tuple[torch.Tensor, KeyValues, torch.Tensor | None, torch.Tensor | None]:
-        """hidden (B, L, H): the first num_queries positions are queries, the rest is text."""
-        own = self.attention.key_values(hidden)
-        seen = own
-        if prefix_key_values is not None:
-            seen = tuple(torch.cat([before, now], dim=2) for before, now in zip(prefix_key_values, own))
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """hidden (B, L, H): the first num_queries positions are queries, the rest is text.
+
+        Returns hidden, own keys and values, and the weights of self- and cross-attention. Keys and values come and go as
+        plain tensors, not as pairs: reentrant checkpointing loses the gradient of tensors inside a tuple.
+        """
+        keys, values = self.attention.key_values(hidden)
+        seen = keys, values
+        if prefix_keys is not None:
+            seen = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
         hidden, weights = self.attention(hidden, seen, mask, return_weights)
 
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
         cross_weights, parts = None, []
         if num_queries:
             if self.crossattention is not None:
-                queries, cross_weights = self.crossattention(queries, image_key_values, None, return_weights)
+                queries, cross_weights = self.crossattention(queries, (image_keys, image_values), None, return_weights)
             parts.append(self.query_feed_forward(queries))
         if hidden.shape[1] > num_queries:
             parts.append(self.text_feed_forward(text))
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], own, weights, cross_weights
+        hidden = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return hidden, keys, values, weights, cross_weights
 
 
 class QFormerTextEmbeddings(nn.Module):
@@ -226,10 +233,12 @@ class QFormer(PreTrainedModel):
         hidden = self.dropout(self.layernorm(query_embeds))
         return self._run(hidden, query_embeds.shape[1], None, image_key_values, None, return_weights)
 
-    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> QFormerOutput:
+    def encode_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, return_weights: bool = False
+    ) -> QFormerOutput:
         """Unimodal, text side: text (B, L) sees text. attention_mask (B, L), 1 for tokens and 0 for padding."""
         mask = attention_mask[:, None, None, :].bool()
-        return self._run(self._embed(input_ids), 0, mask, None, None, False)
+        return self._run(self._embed(input_ids), 0, mask, None, None, return_weights)
 
     def encode_pairs(
         self,
@@ -277,8 +286,12 @@ class QFormer(PreTrainedModel):
         none = (None,) * len(self.layers)
         key_values, hidden_states, attentions, cross_attentions = [], [hidden], [], []
         for layer, image, before in zip(self.layers, image_key_values or none, prefix or none):
-            hidden, own, weights, cross_weights = layer(hidden, num_queries, mask, image, before, return_weights)
-            key_values.append(own)
+            image_keys, image_values = image or (None, None)
+            prefix_keys, prefix_values = before or (None, None)
+            hidden, keys, values, weights, cross_weights = layer(
+                hidden, num_queries, mask, image_keys, image_values, prefix_keys, prefix_values, return_weights
+            )
+            key_values.append((keys, values))
             hidden_states.append(hidden)
             attentions.append(weights)
             if cross_weights is not None:

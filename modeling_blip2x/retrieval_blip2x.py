@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .distributed_blip2x import batch_sizes, fetch_rows, gather_rows, gather_text, rank
@@ -25,6 +25,14 @@ from .losses_blip2x import (
     uniform_numbers,
 )
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
+from .outputs_blip2x import (
+    Blip2xImageFeatures,
+    Blip2xModelOutput,
+    Blip2xMultimodalFeatures,
+    Blip2xRetrievalOutput,
+    Blip2xTextFeatures,
+    chosen_hidden_states,
+)
 from .qformer_blip2x import KeyValues, QFormerOutput, select_images
 
 TEMPERATURE = 0.07  # start of the learned ITC temperature (section 3.2)
@@ -32,31 +40,10 @@ SMALLEST_TEMPERATURE = 1e-3  # a learned divisor must not reach zero
 
 
 @dataclass
-class Blip2xFeatures(ModelOutput):
-    """pooler_output: unit norm, (B, Q, P) of images or (B, P) of texts. last_hidden_state: (B, Q or L, H)."""
-
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-
-
-@dataclass
-class Blip2xRetrievalOutput(ModelOutput):
-    """logits_per_image (N, M) = cosine / temperature, logits_per_text its counterpart; loss = ITC + ITM if asked."""
-
-    loss: torch.FloatTensor | None = None
-    loss_itc: torch.FloatTensor | None = None
-    loss_itm: torch.FloatTensor | None = None
-    itm_accuracy: torch.FloatTensor | None = None
-    temperature: torch.FloatTensor | None = None
-    logits_per_image: torch.FloatTensor | None = None
-    logits_per_text: torch.FloatTensor | None = None
-
-
-@dataclass
 class EncodedPairs:
     """What one batch is encoded to, once, for all objectives. sizes: rows on each rank; first_row: of this rank."""
 
-    vision_embeds: torch.Tensor
+    vision: BaseModelOutput
     image_key_values: tuple[KeyValues | None, ...]
     query_output: QFormerOutput
     input_ids: torch.Tensor
@@ -72,6 +59,7 @@ class Contrast:
     logits_per_image: torch.Tensor
     logits_per_text: torch.Tensor
     positives: torch.Tensor
+    text: Blip2xTextFeatures
 
 
 class ItgHead(nn.Module):
@@ -83,6 +71,11 @@ class ItgHead(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.bias = nn.Parameter(torch.empty(config.vocab_size))
+
+    def resize(self, vocab_size: int) -> None:
+        """Cut the bias to vocab_size entries, or add zeros."""
+        bias = F.pad(self.bias.detach(), (0, vocab_size - len(self.bias)))
+        self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
 
     def forward(self, hidden: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
         """hidden (..., H), word_embeddings (vocabulary, H) -> logits (..., vocabulary)."""
@@ -123,26 +116,62 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; the vocabulary is the Q-Former's, and the bias of the ITG head follows it."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.itg_head.resize(embeddings.num_embeddings)
+        return embeddings
+
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
         vision_embeds: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-    ) -> Blip2xFeatures:
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> Blip2xImageFeatures | tuple:
         """Unit-norm query features (B, Q, P) of images, in `pooler_output`."""
-        hidden = self.model(
-            pixel_values, vision_embeds, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True
-        ).last_hidden_state
-        return Blip2xFeatures(
-            last_hidden_state=hidden, pooler_output=F.normalize(self.vision_projection(hidden), dim=-1)
+        queries = self.model(
+            pixel_values,
+            vision_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
         )
+        output = Blip2xImageFeatures(
+            last_hidden_state=queries.vision_embeds,
+            pooler_output=F.normalize(self.vision_projection(queries.last_hidden_state), dim=-1),
+            hidden_states=queries.vision_outputs.hidden_states,
+            attentions=queries.vision_outputs.attentions,
+            qformer_outputs=queries,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> Blip2xFeatures:
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> Blip2xTextFeatures | tuple:
         """Unit-norm features (B, P) of texts, from their first token ([CLS]), in `pooler_output`."""
+        output_attentions, output_hidden_states = self.model.resolve_outputs(output_attentions, output_hidden_states)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        hidden = self.model.qformer.encode_text(input_ids, attention_mask).hidden
-        features = F.normalize(self.text_projection(hidden[:, 0]), dim=-1)
-        return Blip2xFeatures(last_hidden_state=hidden, pooler_output=features)
+        out = self.model.qformer.encode_text(input_ids, attention_mask, output_attentions)
+        output = Blip2xTextFeatures(
+            last_hidden_state=out.hidden,
+            pooler_output=F.normalize(self.text_projection(out.hidden[:, 0]), dim=-1),
+            hidden_states=chosen_hidden_states(out.hidden_states, output_hidden_states),
+            attentions=out.attentions if output_attentions else None,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
     def get_multimodal_features(
         self,
@@ -151,18 +180,18 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         vision_embeds: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
-    ) -> Blip2xFeatures:
+    ) -> Blip2xMultimodalFeatures:
         """Query outputs (B, Q, H) that have seen image and text of each pair, in `last_hidden_state`.
 
         image_index (B,): the image of each text, where one image goes with several; it is then encoded once.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        vision_embeds = self.model.vision_embeds_or_encode(pixel_values, vision_embeds)
+        vision_embeds = self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
         self._check_rows(len(vision_embeds if image_index is None else image_index), len(input_ids))
         image = self.model.image_key_values(vision_embeds)
         if image_index is not None:
             image = select_images(image, image_index)
-        return Blip2xFeatures(last_hidden_state=self._multimodal_queries(input_ids, attention_mask, image))
+        return Blip2xMultimodalFeatures(last_hidden_state=self._multimodal_queries(input_ids, attention_mask, image))
 
     @staticmethod
     def itc_scores(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
@@ -200,7 +229,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         if not grid:
             return self.itm_logits(pixel_values, input_ids, attention_mask, vision_embeds).softmax(dim=-1)[:, 1]
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        vision_embeds = self.model.vision_embeds_or_encode(pixel_values, vision_embeds)
+        vision_embeds = self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
         rows = []
         for image in range(len(vision_embeds)):
             key_values = self.model.image_key_values(vision_embeds[image : image + 1])
@@ -235,21 +264,36 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         vision_embeds: torch.Tensor | None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool | list[int] = False,
     ) -> EncodedPairs:
         """Encode the images of a batch once, for every objective."""
-        vision_embeds = self.model.vision_embeds_or_encode(pixel_values, vision_embeds)
-        self._check_rows(len(vision_embeds), len(input_ids))
+        vision = self.model.get_vision_outputs(
+            pixel_values, vision_embeds, interpolate_pos_encoding, output_attentions, output_hidden_states
+        )
+        local, device = len(vision.last_hidden_state), vision.last_hidden_state.device
+        self._check_rows(local, len(input_ids))
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        image = self.model.image_key_values(vision_embeds)
-        query_output = self.model.qformer.encode_queries(self.model.query_tokens(len(vision_embeds)), image)
-        sizes = batch_sizes(len(vision_embeds), vision_embeds.device)
-        first_row = sum(sizes[: rank()])
-        return EncodedPairs(vision_embeds, image, query_output, input_ids, attention_mask, sizes, first_row)
+        image = self.model.image_key_values(vision.last_hidden_state)
+        queries = self.model.query_tokens(local)
+        query_output = self.model.qformer.encode_queries(queries, image, output_attentions)
+        sizes = batch_sizes(local, device)
+        return EncodedPairs(vision, image, query_output, input_ids, attention_mask, sizes, sum(sizes[: rank()]))
 
-    def contrast(self, pairs: EncodedPairs, image_ids: torch.Tensor | None) -> Contrast:
+    def contrast(
+        self,
+        pairs: EncodedPairs,
+        image_ids: torch.Tensor | None,
+        output_attentions: bool = False,
+        output_hidden_states: bool | list[int] = False,
+    ) -> Contrast:
         """ITC logits of this rank's images (texts) with the texts (images) of all ranks."""
         images = F.normalize(self.vision_projection(pairs.query_output.hidden), dim=-1)
-        texts = self.get_text_features(pairs.input_ids, pairs.attention_mask).pooler_output
+        text = self.get_text_features(
+            pairs.input_ids, pairs.attention_mask, output_attentions, output_hidden_states, return_dict=True
+        )
+        texts = text.pooler_output
         all_images, all_texts = gather_rows(images, pairs.sizes), gather_rows(texts, pairs.sizes)
         if image_ids is None:
             local_ids = pairs.first_row + torch.arange(len(images), device=images.device)
@@ -261,7 +305,23 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
             logits_per_image=image_text_similarity(images, all_texts) / temperature,
             logits_per_text=image_text_similarity(all_images, texts).T / temperature,
             positives=positive_pairs(local_ids, all_ids),
+            text=text,
         )
+
+    @staticmethod
+    def outputs_of(
+        pairs: EncodedPairs, contrast: Contrast, output_attentions: bool, output_hidden_states: bool | list[int]
+    ) -> dict[str, object]:
+        """Outputs of tower and Q-Former that a forward returns where hidden states or attentions are asked for."""
+        if not output_attentions and not output_hidden_states:
+            return {}
+        queries = Blip2xModelOutput(
+            last_hidden_state=pairs.query_output.hidden,
+            hidden_states=chosen_hidden_states(pairs.query_output.hidden_states, output_hidden_states),
+            attentions=pairs.query_output.attentions if output_attentions else None,
+            cross_attentions=pairs.query_output.cross_attentions if output_attentions else None,
+        )
+        return {"vision_outputs": pairs.vision, "qformer_outputs": queries, "text_outputs": contrast.text}
 
     def match(
         self, pairs: EncodedPairs, contrast: Contrast, seed: int | None, hardness: float = 1.0
@@ -272,6 +332,8 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         """
         device = pairs.input_ids.device
         local = len(pairs.input_ids)
+        if seed is None and not self.training:
+            seed = 0  # the same evaluation gives the same loss
         uniform = uniform_numbers(pairs.first_row, local, seed, device)
         chosen = itm_pairs(
             own=pairs.first_row + torch.arange(local, device=device),
@@ -287,13 +349,14 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 
     def _images_of(self, pairs: EncodedPairs, global_index: torch.Tensor) -> tuple[KeyValues | None, ...]:
         """Image keys and values by global number: this rank's are indexed, only others' are fetched and projected."""
-        local = len(pairs.vision_embeds)
+        vision_embeds = pairs.vision.last_hidden_state
+        local = len(vision_embeds)
         index = global_index - pairs.first_row
         if len(pairs.sizes) == 1:
             return select_images(pairs.image_key_values, index)
         is_remote = (index < 0) | (index >= local)
         remote = global_index[is_remote].unique()
-        fetched = self.model.image_key_values(fetch_rows(pairs.vision_embeds, remote, pairs.sizes))
+        fetched = self.model.image_key_values(fetch_rows(vision_embeds, remote, pairs.sizes))
         index = torch.where(is_remote, local + torch.searchsorted(remote, global_index), index)
         both = tuple(
             here and (torch.cat([here[0], there[0]]), torch.cat([here[1], there[1]]))
@@ -305,6 +368,10 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
     """Retrieval: contrastive logits of images and texts; ITC + ITM loss for fine-tuning."""
 
+    def __init__(self, config: Blip2xConfig, vision_model: nn.Module | None = None):
+        super().__init__(config, vision_model)
+        self.itg_head.requires_grad_(False)  # kept for the checkpoint's sake; no loss here reaches it
+
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -315,20 +382,28 @@ class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
         negative_seed: int | None = None,
         return_loss: bool = False,
         interpolate_pos_encoding: bool = False,
-    ) -> Blip2xRetrievalOutput:
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> Blip2xRetrievalOutput | tuple:
         """Logits (N, M) of N images and M texts; with return_loss the two must be pairs.
 
         Args:
             pixel_values (N, 3, height, width) or vision_embeds (N, positions, D); input_ids, attention_mask (M, L).
             image_ids: (N,); equal ids are positives of one another and never negatives.
-            negative_seed: fixes the draw of hard negatives.
+            negative_seed: fixes the draw of hard negatives; None draws from torch's own generator in training, and as 0
+                does in evaluation.
+            output_attentions, output_hidden_states: also return those of tower and Q-Former.
         """
+        options = self.model.resolve_outputs(output_attentions, output_hidden_states)
         if return_loss:
-            pairs = self.encode_pairs(pixel_values, input_ids, attention_mask, vision_embeds)
-            contrast = self.contrast(pairs, image_ids)
+            pairs = self.encode_pairs(
+                pixel_values, input_ids, attention_mask, vision_embeds, interpolate_pos_encoding, *options
+            )
+            contrast = self.contrast(pairs, image_ids, *options)
             loss_itc = itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
             loss_itm, accuracy = self.match(pairs, contrast, negative_seed)
-            return Blip2xRetrievalOutput(
+            output = Blip2xRetrievalOutput(
                 loss=loss_itc + loss_itm,
                 loss_itc=loss_itc,
                 loss_itm=loss_itm,
@@ -336,13 +411,23 @@ class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
                 temperature=self.temperature.detach()[0],
                 logits_per_image=contrast.logits_per_image,
                 logits_per_text=contrast.logits_per_text,
+                **self.outputs_of(pairs, contrast, *options),
             )
-        images = self.get_image_features(pixel_values, vision_embeds, interpolate_pos_encoding).pooler_output
-        texts = self.get_text_features(input_ids, attention_mask).pooler_output
-        logits = image_text_similarity(images, texts) / self.temperature.float().clamp(min=SMALLEST_TEMPERATURE)
-        return Blip2xRetrievalOutput(
-            temperature=self.temperature.detach()[0], logits_per_image=logits, logits_per_text=logits.T
-        )
+        else:
+            images = self.get_image_features(
+                pixel_values, vision_embeds, interpolate_pos_encoding, *options, return_dict=True
+            )
+            texts = self.get_text_features(input_ids, attention_mask, *options, return_dict=True)
+            cosines = image_text_similarity(images.pooler_output, texts.pooler_output)
+            logits = cosines / self.temperature.float().clamp(min=SMALLEST_TEMPERATURE)
+            output = Blip2xRetrievalOutput(
+                temperature=self.temperature.detach()[0], logits_per_image=logits, logits_per_text=logits.T
+            )
+            if any(options):
+                output.vision_outputs = images.qformer_outputs.vision_outputs
+                output.qformer_outputs, output.text_outputs = images.qformer_outputs, texts
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
 
 
 __all__ = ["Blip2xForImageTextRetrieval"]
