@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .building_blip2x import build_generative, hand_over
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
@@ -24,6 +24,8 @@ from .outputs_blip2x import Blip2xForConditionalGenerationOutput, Blip2xImageFea
 from .pretraining_blip2x import Blip2xForPreTraining
 from .prompting_blip2x import ImagePrompting, positions_of
 from .vision_blip2x import attention_weights_of
+
+logger = logging.get_logger(__name__)
 
 
 class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, GenerationMixin):
@@ -195,6 +197,8 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             TypeError: an argument that this language model does not take.
         """
         self._check_decoder_arguments(decoder_arguments)
+        if self.config.text_config.model_type == "t5" and self.language_model.dtype == torch.float16:
+            self._warn_of_float16()
         image = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_embeds is not None:
             if image is not None:
@@ -272,6 +276,13 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 f"forward of {type(self).__name__} with a {self.config.text_config.model_type} language model takes no "
                 f"argument {', '.join(map(repr, unknown))}."
             )
+
+    @torch.compiler.disable
+    def _warn_of_float16(self) -> None:
+        logger.warning_once(
+            "T5 was trained in bfloat16 and overflows in float16: answers may be gibberish. Load the model with "
+            "dtype=torch.bfloat16 or torch.float32."
+        )
 
     def _encode_and_decode(
         self,

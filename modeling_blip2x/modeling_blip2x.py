@@ -72,6 +72,26 @@ class Blip2xPreTrainedModel(PreTrainedModel):
                 part.eval()
         return self
 
+    def check_processor(self, processor: object) -> None:
+        """Raise ValueError, naming both numbers, where a `Blip2xProcessor` does not fit this model."""
+        config, tokenizer = self.config, processor.tokenizer
+        rows = self.get_input_embeddings().num_embeddings
+        pairs = [("num_query_tokens", processor.num_query_tokens, config.num_query_tokens)]
+        if config.text_config is None:
+            pairs = [("num_query_tokens", processor.num_query_tokens, None)]
+            pairs.append(("bos_token_id ([DEC])", tokenizer.bos_token_id, config.qformer_config.bos_token_id))
+        else:
+            pairs.append(("image_token_id", processor.image_token_id, config.image_token_index))
+        wrong = [
+            f"{name} is {theirs} in the processor, {ours} in the model"
+            for name, theirs, ours in pairs
+            if theirs != ours
+        ]
+        if len(tokenizer) > rows:
+            wrong.append(f"the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows")
+        if wrong:
+            raise ValueError(f"Processor and model do not fit: {'; '.join(wrong)}. Load both from the same folder.")
+
     def trainable_parameters_summary(self) -> str:
         """A table of the parts with their trainable and frozen parameter counts."""
         parts: dict[str, list[int]] = {}

@@ -17,10 +17,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .building_blip2x import build_pretraining
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
+from .imagetext_blip2x import Blip2xImageTextModel, EncodedPairs, ItgHead
 from .losses_blip2x import itc_loss, itg_loss
 from .outputs_blip2x import Blip2xForPreTrainingOutput
 from .qformer_blip2x import QFormer
-from .retrieval_blip2x import Blip2xImageTextModel, EncodedPairs, ItgHead
 
 
 class Blip2xForPreTraining(Blip2xImageTextModel):

@@ -13,9 +13,11 @@ from tiny import (
     image_processor,
     prompt,
     stage1,
+    stage1_processor,
     stage2,
     stage2_processor,
 )
+from transformers import logging as transformers_logging
 
 from modeling_blip2x import (
     Blip2xConfig,
@@ -255,3 +257,31 @@ def test_processor_keeps_defaults_of_its_tokenizer_and_gives_offsets():
     for ids, offsets in zip(out["input_ids"], out["offset_mapping"]):
         assert len(ids) == len(offsets)
     assert out["offset_mapping"][1][-2:] == [(15, 17), (18, 19)]
+
+
+def test_processor_and_model_must_fit():
+    model, processor = stage2("opt"), stage2_processor()
+    model.config.image_token_index = processor.image_token_id
+    model.check_processor(processor)
+    model.config.image_token_index = 7
+    with pytest.raises(
+        ValueError, match=f"image_token_id is {processor.image_token_id} in the processor, 7 in the model"
+    ):
+        model.check_processor(processor)
+    with pytest.raises(ValueError, match="num_query_tokens is None in the processor, 6 in the model"):
+        model.check_processor(stage1_processor())
+    first = stage1()
+    with pytest.raises(ValueError, match="bos_token_id .* in the processor, 60 in the model"):
+        first.check_processor(stage1_processor())
+    with pytest.raises(ValueError, match="num_query_tokens is 6 in the processor, None in the model"):
+        first.check_processor(processor)
+
+
+def test_t5_in_float16_warns(caplog):
+    model = stage2("t5", std=0.3).half()
+    given = prompt(model) | {"decoder_input_ids": torch.zeros(2, 1, dtype=torch.long)}
+    given["pixel_values"] = given["pixel_values"].half()
+    transformers_logging.enable_propagation()
+    with torch.no_grad():
+        model(**given)
+    assert "overflows in float16" in caplog.text

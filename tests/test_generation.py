@@ -16,7 +16,7 @@ def labels_of(model, inputs):
 
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("language_model", ALL)
-def test_train_step_and_generate(tower, language_model):
+def test_train_step_generate_save_and_reload(tower, language_model, tmp_path):
     """Gradients reach projection, queries and Q-Former, and nothing of the frozen tower and language model."""
     model = stage2(language_model, tower, std=0.1, qformer={"use_qformer_text_input": False})
     model.freeze_unimodal()
@@ -34,7 +34,9 @@ def test_train_step_and_generate(tower, language_model):
         elif not name.endswith("key.bias"):
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     ids = model.eval().generate(**inputs, max_new_tokens=3, do_sample=False)
-    assert len(ids) == 2
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert len(ids) == 2 and torch.equal(again.generate(**inputs, max_new_tokens=3, do_sample=False), ids)
 
 
 @pytest.mark.parametrize("language_model", ALL)

@@ -334,7 +334,15 @@ def test_cached_views_are_crops_and_flips_drawn_each_visit(parts, tmp_path):
         data.use_features(views)
         seen = [data[epoch, 0]["vision_embeds"].numpy() for epoch in range(20)]
         assert {int(np.abs(views[0] - one).sum((1, 2)).argmin()) for one in seen} == drawn
-    flags = ["--max_steps", "2", "--no_augment", "--eval_split", "validation", "--feature_cache", str(tmp_path / "views")]
+    flags = [
+        "--max_steps",
+        "2",
+        "--no_augment",
+        "--eval_split",
+        "validation",
+        "--feature_cache",
+        str(tmp_path / "views"),
+    ]
     assert stage1(parts, tmp_path / "out", *flags)[-1]["loss_itc"] > 0
 
 

@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             objectives=args.objectives,
         )
     processor = Blip2xProcessor(image_processor, tokenizer)
+    model.check_processor(processor)
     model.freeze_unimodal()
     accelerator.print(model.trainable_parameters_summary())
     if args.gradient_checkpointing:
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         losses = mean_losses(accelerator, model, make_loader(eval_set, order, eval_collator, 0, on_gpu), eval_negatives)
         if accelerator.is_main_process:  # no exchange with other processes from here on
-            data = RetrievalSet(model, eval_set, eval_collator, accelerator.device)
+            data = RetrievalSet(model, eval_set, eval_collator, accelerator)
             losses |= recall_at_k(data.cosines, data.owner)
             if "itm" in args.objectives:
                 losses |= matching_accuracy(data, eval_batch, model.temperature.item(), args.seed)

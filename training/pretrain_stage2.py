@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
             image_token_index=processor.image_token_id,
             vision_feature_layer=args.vision_feature_layer,
         )
+    model.check_processor(processor)
     model.freeze_unimodal()
     for name, parameter in model.model.qformer.named_parameters():
         if name.startswith("embeddings") or "text_feed_forward" in name:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from collators import Stage1Collator
 from data import CaptionDataset, load_rows
 from PIL import Image
@@ -81,7 +82,7 @@ def score_retrieval(model_dir: str | Path, dataset: str | Path, split: str) -> d
     rows = rows.select(distinct_rows(rows["caption"][:], DISTINCT_SCENES))
     data = CaptionDataset(rows, image_column="image", text_column="caption", clean_captions=False, draw_text=False)
     collator = Stage1Collator(processor.image_processor, processor.tokenizer, max_text_length=32, cropped=False)
-    encoded = RetrievalSet(model, data, collator, torch.device("cpu"))
+    encoded = RetrievalSet(model, data, collator, Accelerator(cpu=True))
     recalls = recall_at_k(encoded.cosines, encoded.owner) | rerank(encoded, SHORTLIST, model.temperature.item())
     scores = {"scenes": len(rows)}
     for name, ending in (("itc", ""), ("itm", "_itm"), ("itm+itc", "_itm+itc"), ("itm+logits", "_itm+logits")):

@@ -62,11 +62,12 @@ class RetrievalSet:
         model: torch.nn.Module,
         dataset: CaptionDataset,
         collator: Stage1Collator,
-        device: torch.device,
+        accelerator: Accelerator,
         batch_size: int = 64,
     ):
         model.eval()
-        self.model, self.device, self.batch_size = model, device, batch_size
+        self.model, self.accelerator, self.batch_size = model, accelerator, batch_size
+        self.device = device = accelerator.device
         self.owner = torch.tensor([row for row, texts in enumerate(dataset.texts) for _ in texts])
         texts = [text for row in dataset.texts for text in row]
         encoded = collator.tokenizer(
@@ -107,15 +108,13 @@ class RetrievalSet:
         logits = torch.empty(len(images), 2)
         for rows in images.argsort(stable=True).split(8 * self.batch_size):
             used, index = images[rows].unique(return_inverse=True)
-            logits[rows] = (
-                self.model.itm_logits(
+            with self.accelerator.autocast():  # many pairs; ITC above stays in full precision, its ranks are close
+                part = self.model.itm_logits(
                     vision_embeds=self.image_inputs[used].to(self.device),
                     image_index=index.to(self.device),
                     **self.text(texts[rows]),
                 )
-                .float()
-                .cpu()
-            )
+            logits[rows] = part.float().cpu()
         return logits
 
 
@@ -137,9 +136,10 @@ def recall_at_k(scores: torch.Tensor, owner: torch.Tensor, ks: tuple[int, ...] =
 def rerank(data: RetrievalSet, k: int, temperature: float) -> dict[str, float]:
     """R@K after re-ranking each query's k best by ITC, in three modes.
 
-    itm: match logit (the paper). itm+itc: match logit + cosine (LAVIS). itm+logits: match log-odds + ITC logit, that is
-    cosine / temperature. ITM is trained against negatives drawn by softmax of the ITC logits, so its log-odds tend to
-    what ITC does not know yet, and the two add up; the first two modes rely on ITM having learnt everything anew.
+    itm: match logit (the paper). itm+itc: match logit + cosine (LAVIS). itm+logits: ITC logit, that is cosine /
+    temperature, + half of the match log-odds. ITM is trained against negatives drawn by softmax of the ITC logits, so its
+    log-odds tend to what ITC does not know yet, and the two add up; the first two modes rely on ITM having learnt
+    everything anew. Half, because a model trained on few images is too sure of pairs it has not seen.
     """
     cosines = data.cosines
     k_texts, k_images = min(k, cosines.shape[1]), min(k, cosines.shape[0])
@@ -153,7 +153,11 @@ def rerank(data: RetrievalSet, k: int, temperature: float) -> dict[str, float]:
     logits, odds = torch.zeros_like(cosines), torch.zeros_like(cosines)
     logits[images, texts], odds[images, texts] = match, match - no_match
     results = {}
-    for mode, scores in (("itm", logits), ("itm+itc", logits + cosines), ("itm+logits", odds + cosines / temperature)):
+    for mode, scores in (
+        ("itm", logits),
+        ("itm+itc", logits + cosines),
+        ("itm+logits", cosines / temperature + odds / 2),
+    ):
         for way, shortlist in shortlists.items():
             # Everything outside the shortlist keeps its ITC order below it.
             recalls = recall_at_k(torch.where(shortlist, scores, cosines - 1e4), data.owner)

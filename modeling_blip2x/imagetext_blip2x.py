@@ -1,0 +1,363 @@
+"""Layers and scores of stage 1: unit-norm features, ITC cosines, ITM match probabilities.
+
+`Blip2xForImageTextRetrieval` (retrieval_blip2x.py) adds a forward in the units of retrieval, `Blip2xForPreTraining`
+(pretraining_blip2x.py) one with the three losses. Both have the same weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutput
+
+from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
+from .distributed_blip2x import batch_sizes, fetch_rows, gather_rows, gather_text, rank
+from .losses_blip2x import (
+    draw_hard_negatives,
+    image_text_similarity,
+    itm_loss,
+    itm_pairs,
+    positive_pairs,
+    uniform_numbers,
+)
+from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
+from .outputs_blip2x import (
+    Blip2xImageFeatures,
+    Blip2xModelOutput,
+    Blip2xMultimodalFeatures,
+    Blip2xTextFeatures,
+    chosen_hidden_states,
+)
+from .qformer_blip2x import KeyValues, QFormerOutput, select_images
+
+TEMPERATURE = 0.07  # start of the learned ITC temperature (section 3.2)
+SMALLEST_TEMPERATURE = 1e-3  # a learned divisor must not reach zero
+
+
+@dataclass
+class EncodedPairs:
+    """What one batch is encoded to, once, for all objectives. sizes: rows on each rank; first_row: of this rank."""
+
+    vision: BaseModelOutput
+    image_key_values: tuple[KeyValues | None, ...]
+    query_output: QFormerOutput
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    sizes: list[int]
+    first_row: int
+
+
+@dataclass
+class Contrast:
+    """ITC of a batch: logits (B, N) of this rank's rows against the global batch, and which of them are positives."""
+
+    logits_per_image: torch.Tensor
+    logits_per_text: torch.Tensor
+    positives: torch.Tensor
+    text: Blip2xTextFeatures
+
+
+class ItgHead(nn.Module):
+    """BERT's masked-LM head. Its output matrix is the word embedding itself, handed in: there is nothing to tie."""
+
+    def __init__(self, config: Blip2xQFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.empty(config.vocab_size))
+
+    def resize(self, vocab_size: int) -> None:
+        """Cut the bias to vocab_size entries, or add zeros."""
+        bias = F.pad(self.bias.detach(), (0, vocab_size - len(self.bias)))
+        self.bias = nn.Parameter(bias, requires_grad=self.bias.requires_grad)
+
+    def forward(self, hidden: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
+        """hidden (..., H), word_embeddings (vocabulary, H) -> logits (..., vocabulary)."""
+        return F.linear(self.layernorm(self.activation(self.dense(hidden))), word_embeddings, self.bias)
+
+
+class Blip2xImageTextModel(Blip2xPreTrainedModel):
+    """Layers of stage 1, and the scores they give."""
+
+    def __init__(self, config: Blip2xConfig, vision_model: nn.Module | None = None):
+        """vision_model: a loaded tower to take instead of a random one of the config."""
+        super().__init__(config)
+        if config.text_config is not None:
+            raise ValueError(
+                f"{type(self).__name__} has no language model, but the config has a text_config "
+                f"({config.text_config.model_type}). Load a stage-1 checkpoint, or set text_config to None."
+            )
+        width = config.qformer_config.hidden_size
+        self.model = Blip2xModel(config, vision_model)
+        self.vision_projection = nn.Linear(width, config.image_text_hidden_size)
+        self.text_projection = nn.Linear(width, config.image_text_hidden_size)
+        self.itm_head = nn.Linear(width, 2)
+        self.itg_head = ItgHead(config.qformer_config)
+        self.temperature = nn.Parameter(torch.empty(1))  # one element, not a scalar: FSDP2 cannot shard scalars
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ItgHead):
+            init.zeros_(module.bias)
+        if isinstance(module, Blip2xImageTextModel):
+            init.constant_(module.temperature, TEMPERATURE)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers; the vocabulary is the Q-Former's, and the bias of the ITG head follows it."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.itg_head.resize(embeddings.num_embeddings)
+        return embeddings
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> Blip2xImageFeatures | tuple:
+        """Unit-norm query features (B, Q, P) of images, in `pooler_output`."""
+        queries = self.model(
+            pixel_values,
+            vision_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+        )
+        output = Blip2xImageFeatures(
+            last_hidden_state=queries.vision_embeds,
+            pooler_output=F.normalize(self.vision_projection(queries.last_hidden_state), dim=-1),
+            hidden_states=queries.vision_outputs.hidden_states,
+            attentions=queries.vision_outputs.attentions,
+            qformer_outputs=queries,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        return_dict: bool | None = None,
+    ) -> Blip2xTextFeatures | tuple:
+        """Unit-norm features (B, P) of texts, from their first token ([CLS]), in `pooler_output`."""
+        output_attentions, output_hidden_states = self.model.resolve_outputs(output_attentions, output_hidden_states)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        out = self.model.qformer.encode_text(input_ids, attention_mask, output_attentions)
+        output = Blip2xTextFeatures(
+            last_hidden_state=out.hidden,
+            pooler_output=F.normalize(self.text_projection(out.hidden[:, 0]), dim=-1),
+            hidden_states=chosen_hidden_states(out.hidden_states, output_hidden_states),
+            attentions=out.attentions if output_attentions else None,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def get_multimodal_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+    ) -> Blip2xMultimodalFeatures:
+        """Query outputs (B, Q, H) that have seen image and text of each pair, in `last_hidden_state`.
+
+        image_index (B,): the image of each text, where one image goes with several; it is then encoded once.
+        """
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        vision_embeds = self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
+        self._check_rows(len(vision_embeds if image_index is None else image_index), len(input_ids))
+        image = self.model.image_key_values(vision_embeds)
+        if image_index is not None:
+            image = select_images(image, image_index)
+        return Blip2xMultimodalFeatures(last_hidden_state=self._multimodal_queries(input_ids, attention_mask, image))
+
+    @staticmethod
+    def itc_scores(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """Cosines (N, M) of `get_image_features` (N, Q, P) and `get_text_features` (M, P): the best query counts."""
+        return image_text_similarity(images, texts)
+
+    def itm_logits(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        image_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(pairs, 2), order (no match, match), of image i, or image image_index[i], with text i; averaged over queries
+        (section 3.2)."""
+        hidden = self.get_multimodal_features(
+            pixel_values, input_ids, attention_mask, vision_embeds, image_index
+        ).last_hidden_state
+        return self.itm_head(hidden).mean(dim=1)
+
+    def itm_scores(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        grid: bool = False,
+        chunk_size: int = 256,
+    ) -> torch.Tensor:
+        """Match probabilities: (pairs,) of image i with text i, or with `grid` (N, M) of every image with every text.
+
+        In the grid an image's keys and values are computed once for all texts, `chunk_size` texts at a time.
+        """
+        if not grid:
+            return self.itm_logits(pixel_values, input_ids, attention_mask, vision_embeds).softmax(dim=-1)[:, 1]
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        vision_embeds = self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
+        rows = []
+        for image in range(len(vision_embeds)):
+            key_values = self.model.image_key_values(vision_embeds[image : image + 1])
+            chunks = zip(input_ids.split(chunk_size), attention_mask.split(chunk_size))
+            logits = [self._itm_logits_of(ids, mask, self._repeated(key_values, len(ids))) for ids, mask in chunks]
+            rows.append(torch.cat(logits).softmax(dim=-1)[:, 1])
+        return torch.stack(rows)
+
+    @staticmethod
+    def _repeated(key_values: tuple[KeyValues | None, ...], times: int) -> tuple[KeyValues | None, ...]:
+        # A view: one image's keys and values for many texts take no memory of their own.
+        return tuple(kv and (kv[0].expand(times, -1, -1, -1), kv[1].expand(times, -1, -1, -1)) for kv in key_values)
+
+    @staticmethod
+    def _check_rows(images: int, texts: int) -> None:
+        if images != texts:
+            raise ValueError(
+                f"Pairs need as many images as texts, got {images} images and {texts} texts. For every image with every "
+                "text call itm_scores(..., grid=True)."
+            )
+
+    def _multimodal_queries(self, input_ids: torch.Tensor, mask: torch.Tensor, image: tuple) -> torch.Tensor:
+        queries = self.model.query_tokens(len(input_ids))
+        return self.model.qformer.encode_pairs(queries, input_ids, mask, image).hidden[:, : queries.shape[1]]
+
+    def _itm_logits_of(self, input_ids: torch.Tensor, mask: torch.Tensor, image: tuple) -> torch.Tensor:
+        return self.itm_head(self._multimodal_queries(input_ids, mask, image)).mean(dim=1)
+
+    def encode_pairs(
+        self,
+        pixel_values: torch.Tensor | None,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        vision_embeds: torch.Tensor | None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool | list[int] = False,
+    ) -> EncodedPairs:
+        """Encode the images of a batch once, for every objective."""
+        vision = self.model.get_vision_outputs(
+            pixel_values, vision_embeds, interpolate_pos_encoding, output_attentions, output_hidden_states
+        )
+        local, device = len(vision.last_hidden_state), vision.last_hidden_state.device
+        self._check_rows(local, len(input_ids))
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        image = self.model.image_key_values(vision.last_hidden_state)
+        queries = self.model.query_tokens(local)
+        query_output = self.model.qformer.encode_queries(queries, image, output_attentions)
+        sizes = batch_sizes(local, device)
+        return EncodedPairs(vision, image, query_output, input_ids, attention_mask, sizes, sum(sizes[: rank()]))
+
+    def contrast(
+        self,
+        pairs: EncodedPairs,
+        image_ids: torch.Tensor | None,
+        output_attentions: bool = False,
+        output_hidden_states: bool | list[int] = False,
+    ) -> Contrast:
+        """ITC logits of this rank's images (texts) with the texts (images) of all ranks."""
+        images = F.normalize(self.vision_projection(pairs.query_output.hidden), dim=-1)
+        text = self.get_text_features(
+            pairs.input_ids, pairs.attention_mask, output_attentions, output_hidden_states, return_dict=True
+        )
+        texts = text.pooler_output
+        all_images, all_texts = gather_rows(images, pairs.sizes), gather_rows(texts, pairs.sizes)
+        if image_ids is None:
+            local_ids = pairs.first_row + torch.arange(len(images), device=images.device)
+            all_ids = torch.arange(sum(pairs.sizes), device=images.device)
+        else:
+            local_ids, all_ids = image_ids, gather_rows(image_ids, pairs.sizes)
+        temperature = self.temperature.float().clamp(min=SMALLEST_TEMPERATURE)
+        return Contrast(
+            logits_per_image=image_text_similarity(images, all_texts) / temperature,
+            logits_per_text=image_text_similarity(all_images, texts).T / temperature,
+            positives=positive_pairs(local_ids, all_ids),
+            text=text,
+        )
+
+    @staticmethod
+    def outputs_of(
+        pairs: EncodedPairs, contrast: Contrast, output_attentions: bool, output_hidden_states: bool | list[int]
+    ) -> dict[str, object]:
+        """Outputs of tower and Q-Former that a forward returns where hidden states or attentions are asked for."""
+        if not output_attentions and not output_hidden_states:
+            return {}
+        queries = Blip2xModelOutput(
+            last_hidden_state=pairs.query_output.hidden,
+            hidden_states=chosen_hidden_states(pairs.query_output.hidden_states, output_hidden_states),
+            attentions=pairs.query_output.attentions if output_attentions else None,
+            cross_attentions=pairs.query_output.cross_attentions if output_attentions else None,
+        )
+        return {"vision_outputs": pairs.vision, "qformer_outputs": queries, "text_outputs": contrast.text}
+
+    def match(
+        self, pairs: EncodedPairs, contrast: Contrast, seed: int | None, hardness: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """ITM loss and accuracy over the matching pairs and a hard negative for each image and each text.
+
+        hardness: negatives are drawn by softmax(hardness * ITC logits); 0 draws evenly, 1 is the paper.
+        """
+        device = pairs.input_ids.device
+        local = len(pairs.input_ids)
+        if seed is None and not self.training:
+            seed = 0  # the same evaluation gives the same loss
+        uniform = uniform_numbers(pairs.first_row, local, seed, device)
+        chosen = itm_pairs(
+            own=pairs.first_row + torch.arange(local, device=device),
+            negative_image=draw_hard_negatives(hardness * contrast.logits_per_text, contrast.positives, uniform[:, 0]),
+            negative_text=draw_hard_negatives(hardness * contrast.logits_per_image, contrast.positives, uniform[:, 1]),
+        )
+        ids, mask = gather_text(
+            pairs.input_ids, pairs.attention_mask, pairs.sizes, self.config.qformer_config.pad_token_id or 0
+        )
+        image = self._images_of(pairs, chosen.image_index)
+        logits = self._itm_logits_of(ids[chosen.text_index], mask[chosen.text_index], image)
+        return itm_loss(logits, chosen.labels)
+
+    def _images_of(self, pairs: EncodedPairs, global_index: torch.Tensor) -> tuple[KeyValues | None, ...]:
+        """Image keys and values by global number: this rank's are indexed, only others' are fetched and projected."""
+        vision_embeds = pairs.vision.last_hidden_state
+        local = len(vision_embeds)
+        index = global_index - pairs.first_row
+        if len(pairs.sizes) == 1:
+            return select_images(pairs.image_key_values, index)
+        is_remote = (index < 0) | (index >= local)
+        remote = global_index[is_remote].unique()
+        fetched = self.model.image_key_values(fetch_rows(vision_embeds, remote, pairs.sizes))
+        index = torch.where(is_remote, local + torch.searchsorted(remote, global_index), index)
+        both = tuple(
+            here and (torch.cat([here[0], there[0]]), torch.cat([here[1], there[1]]))
+            for here, there in zip(pairs.image_key_values, fetched)
+        )
+        return select_images(both, index)

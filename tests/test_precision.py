@@ -1,0 +1,88 @@
+"""Number formats and image sizes: halves, a dtype for each part, positions interpolated."""
+
+import pytest
+import torch
+from tiny import TOWERS, batch, prompt, stage1, stage2
+from transformers import AutoModelForImageTextToText
+
+SIZES = [(42, 42), (28, 56)]
+INTERPOLATES = [tower for tower in TOWERS if tower != "mobilenet"]  # a CNN takes any size as it is
+
+
+def labelled(model, inputs):
+    labels = inputs["input_ids"].clone()
+    return inputs | {"labels": labels.masked_fill(labels == model.config.image_token_index, -100)}
+
+
+@pytest.mark.parametrize("language_model", ["opt", "llama", "t5"])
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32(language_model, tmp_path):
+    model = stage2(language_model, std=0.1)
+    inputs = labelled(model, prompt(model))
+    expected = model(**inputs).loss
+    model.save_pretrained(tmp_path)
+    half = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert half(**inputs).loss.item() == pytest.approx(expected.item(), rel=0.03)
+
+
+@pytest.mark.parametrize("language_model", ["opt", "llama", "t5"])
+@pytest.mark.parametrize("frozen", [torch.bfloat16, torch.float16])
+def test_halves_around_a_float32_qformer(frozen, language_model):
+    """What training on a GPU does: frozen parts in half precision, the trained part in full; gradients are finite."""
+    model = stage2(language_model, std=0.1, qformer={"use_qformer_text_input": False})
+    expected = model(**labelled(model, prompt(model))).loss.item()
+    model.freeze_unimodal()
+    model.model.vision_model.to(frozen)
+    model.language_model.to(frozen)
+    assert model.model.qformer.layernorm.weight.dtype == torch.float32
+    loss = model(**labelled(model, prompt(model))).loss
+    assert loss.item() == pytest.approx(expected, rel=0.03)
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in trained)
+
+
+def test_a_dtype_for_each_part(tmp_path):
+    stage2("opt").save_pretrained(tmp_path)
+    parts = {"text_config": torch.bfloat16, "vision_config": torch.bfloat16, "": torch.float32}
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=parts)
+    assert model.language_model.dtype == model.model.vision_model.dtype == torch.bfloat16
+    assert model.model.ln_vision.weight.dtype == model.language_projection.weight.dtype == torch.float32
+    ids = model.generate(**prompt(model), max_new_tokens=3)
+    assert len(ids) == 2
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("tower", INTERPOLATES)
+@torch.no_grad()
+def test_other_image_sizes_in_both_stages(tower, size):
+    """Fine-tuning needs 364 and 490 where pre-training had 224; square or not."""
+    pixels = torch.randn(4, 3, *size, generator=torch.Generator().manual_seed(0))
+    first = stage1(tower).eval()
+    inputs = batch(4) | {"pixel_values": pixels}
+    assert torch.isfinite(first(**inputs, negative_seed=0, interpolate_pos_encoding=True).loss)
+    second = stage2("opt", tower, std=0.3)
+    inputs = prompt(second, rows=4) | {"pixel_values": pixels}
+    logits = second(**inputs, interpolate_pos_encoding=True).logits
+    assert torch.isfinite(logits).all()
+    assert len(second.generate(**inputs, interpolate_pos_encoding=True, max_new_tokens=2)) == 4
+
+
+def test_a_wrong_size_without_interpolation_is_an_error():
+    model = stage2("opt", "clip")
+    with pytest.raises(ValueError, match="(?i)image size.*28"):
+        model(**prompt(model) | {"pixel_values": torch.zeros(2, 3, 42, 42)})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes needs a GPU")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_language_model(bits, tmp_path):
+    from transformers import BitsAndBytesConfig
+
+    stage2("opt").save_pretrained(tmp_path)
+    quantisation = BitsAndBytesConfig(
+        **{f"load_in_{bits}bit": True}, llm_int8_skip_modules=["model", "language_projection"]
+    )
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=quantisation, device_map="cuda")
+    inputs = {name: tensor.cuda() for name, tensor in prompt(model).items()}
+    assert len(model.generate(**inputs, max_new_tokens=3)) == 2
