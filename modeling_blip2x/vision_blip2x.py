@@ -78,13 +78,8 @@ def vision_features(
     options = {"output_hidden_states": True} if output_hidden_states or feature_layer != -1 else {}
     if output_attentions and ("output_attentions" in accepted or "kwargs" in accepted):
         options["output_attentions"] = True
-    if interpolate_pos_encoding:
-        if "interpolate_pos_encoding" not in accepted:
-            raise ValueError(
-                f"The vision tower {type(tower).__name__} cannot interpolate its position embeddings. Resize the image "
-                "to the size of its config, or use a tower that takes interpolate_pos_encoding."
-            )
-        options["interpolate_pos_encoding"] = True
+    if interpolate_pos_encoding and "interpolate_pos_encoding" in accepted:
+        options["interpolate_pos_encoding"] = True  # DINOv2 and CNNs take any size anyway
     with attention_weights_of(tower, output_attentions):
         output = tower(pixel_values=pixel_values, return_dict=True, **options)
     features = output.last_hidden_state if feature_layer == -1 else output.hidden_states[feature_layer]
