@@ -112,11 +112,6 @@ class Blip2xQFormerConfig(PreTrainedConfig):
             raise ValueError(f"cross_attention_frequency must be at least 1, got {self.cross_attention_frequency}.")
         if self.bos_token_id is None:
             self.bos_token_id = self.vocab_size - 1
-        if self.bos_token_id >= self.vocab_size:
-            raise ValueError(
-                f"bos_token_id ([DEC]) is {self.bos_token_id}, outside the vocabulary of {self.vocab_size}. Set "
-                "vocab_size to the length of the Q-Former's tokenizer, [DEC] included."
-            )
 
     def to_dict(self) -> dict:
         return without_unknown_fields(type(self), super().to_dict())

@@ -207,6 +207,11 @@ class QFormer(PreTrainedModel):
 
     def __init__(self, config: Blip2xQFormerConfig):
         super().__init__(config)
+        if config.use_qformer_text_input and config.bos_token_id >= config.vocab_size:
+            raise ValueError(
+                f"bos_token_id ([DEC]) is {config.bos_token_id}, outside the vocabulary of {config.vocab_size}. Set "
+                "vocab_size to the length of the Q-Former's tokenizer, [DEC] included."
+            )
         self.embeddings = QFormerTextEmbeddings(config) if config.use_qformer_text_input else None
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -307,4 +312,5 @@ class QFormer(PreTrainedModel):
 
 def select_images(image_key_values: tuple[KeyValues | None, ...], index: torch.Tensor) -> tuple[KeyValues | None, ...]:
     """Rows `index` (pairs,) of every layer's image keys and values: images are indexed, never encoded again."""
-    return tuple(None if kv is None else (kv[0][index], kv[1][index]) for kv in image_key_values)
+    # index_select, for its backward adds rows in order: that of [] leaves the order to the threads.
+    return tuple(kv and (kv[0].index_select(0, index), kv[1].index_select(0, index)) for kv in image_key_values)

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from modeling_blip2x import Blip2xConfig, Blip2xForPreTraining, Blip2xModel, Blip2xQFormerConfig
+from modeling_blip2x.qformer_blip2x import QFormer
 
 
 def same_state(a, b):
@@ -79,7 +80,7 @@ def test_corrupt_checkpoint_is_an_error(tmp_path):
         (lambda: Blip2xQFormerConfig(hidden_sise=3), "no field 'hidden_sise'. Did you mean hidden_size"),
         (lambda: Blip2xQFormerConfig(hidden_size=50), "hidden_size must be a multiple of num_attention_heads, but 50"),
         (
-            lambda: Blip2xQFormerConfig(vocab_size=10, bos_token_id=30522),
+            lambda: QFormer(Blip2xQFormerConfig(vocab_size=10, bos_token_id=30522, encoder_hidden_size=8)),
             "bos_token_id .* is 30522, outside the vocabulary of 10",
         ),
         (lambda: Blip2xConfig(num_query_tokens=0), "num_query_tokens must be at least 1, got 0"),
