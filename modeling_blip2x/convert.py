@@ -229,7 +229,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", metavar="SOURCE", help="Folder, hub id, .pth or .safetensors.")
     parser.add_argument("out", metavar="OUT", help="Folder to write; for lavis a .pth file. Must not exist.")
     parser.add_argument("--to", default="blip2x", choices=["blip2x", "transformers", "lavis"])
-    parser.add_argument("--config", help="JSON file with config fields that the tensors do not tell.")
+    parser.add_argument(
+        "--config", help="JSON file, or folder with a config.json, with fields that the tensors do not tell."
+    )
     parser.add_argument("--vision_model", help="Id or folder of the vision tower, where SOURCE holds none.")
     parser.add_argument(
         "--language_model", help="Id or folder of the language model: its tokenizer, and weights if needed."
@@ -238,8 +240,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     fields = None
     if arguments.config:
+        file = Path(arguments.config)
         try:
-            fields = json.loads(Path(arguments.config).read_text(encoding="utf-8"))
+            fields = json.loads((file / "config.json" if file.is_dir() else file).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"--config {arguments.config} cannot be read: {error}.") from None
     notes = convert(

@@ -77,3 +77,11 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
 def test_mistakes_that_concern_two_fields(flags, part):
     with pytest.raises(ValueError, match=part):
         parse_arguments(Stage1Arguments, [*NEEDED, *flags])
+
+
+def test_missing_folders_and_misspelt_flags_are_reported_together():
+    argv = ["--output_dir", "out", "--dataset", "../no/folder", "--vision_model", "/no/such", "--max_stepz", "4"]
+    with pytest.raises(ValueError, match="3 wrong field") as error:
+        parse_arguments(Stage1Arguments, argv)
+    for part in ("--max_stepz", "--dataset is ../no/folder", "--vision_model is /no/such"):
+        assert part in str(error.value)

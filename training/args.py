@@ -97,7 +97,7 @@ class PretrainingArguments:
             for name in self.required()
             if not getattr(self, name)
         ]
-        for name in ("vision_model", "qformer_init", "qformer_tokenizer", "init_from", "language_model"):
+        for name in ("dataset", "vision_model", "qformer_init", "qformer_tokenizer", "init_from", "language_model"):
             value = getattr(self, name, None)
             if value and (value[0] in "./~" or value.count("/") > 1) and not Path(value).exists():
                 found.append(f"--{name} is {value}: there is no such folder. Check the path, or give a hub id.")
