@@ -233,3 +233,26 @@ def test_objectives_can_be_left_out():
 def test_bad_inputs_are_named(inputs, message):
     with pytest.raises(ValueError, match=message):
         stage1()(**{**batch(), **inputs})
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_bits_with_two_threads():
+    """The order in which threads add gradients of shared image keys must not matter."""
+
+    def train() -> dict[str, torch.Tensor]:
+        model, data = stage1(seed=0).train(), batch(rows=96, length=12)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        torch.manual_seed(0)
+        for step in range(60):
+            optimizer.zero_grad()
+            model(**data, negative_seed=step).loss.backward()
+            optimizer.step()
+        return model.state_dict()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, second = train(), train()
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first[name], second[name]) for name in first)
