@@ -36,7 +36,8 @@ QUESTION_TYPES = ("color", "shape", "size", "count", "relation", "exists")
 CAPTION_PROMPT = "a picture of"
 QUESTION_PROMPT = "Question: {} Answer:"
 SPLIT_SIZES = {"train": 10000, "dev": 300, "test_new": 400, "test_held_out": 400}
-# Random numbers of each split. Those of the test splits were chosen anew when all tuning had ended.
+# Random numbers of each split. Those of the test splits were chosen anew after tuning; since then only the number of
+# stage-1 steps was raised.
 STREAMS = {"train": 0, "dev": 1, "test_new": 22, "test_held_out": 23}
 
 
