@@ -129,8 +129,10 @@ def _write_own(folder: Path, checkpoint: Checkpoint, processor, source: Path, la
             except OSError:
                 pass  # a language model without one
         generation.suppress_tokens = [config.image_token_index]
-        if config.text_config.model_type == "opt" and processor is not None:  # the official OPT models end at a newline
-            generation.eos_token_id = processor.tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+        if config.text_config.model_type == "opt" and processor is not None:
+            newline = processor.tokenizer("\n", add_special_tokens=False)["input_ids"]
+            if len(newline) == 1 and newline[0] != processor.tokenizer.unk_token_id:
+                generation.eos_token_id = newline[0]  # where the official OPT models end
         generation.save_pretrained(folder)
     if processor is None:
         wanted = "--language_model" if config.text_config is not None else "--qformer_tokenizer"

@@ -6,6 +6,7 @@ from golden import Golden, vision_config
 from safetensors.torch import save_file
 from test_golden import stage1_outputs, stage2_inputs
 from tiny import LANGUAGE_MODELS, QUERIES, SIZE, TOWERS, batch, prompt
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
     AutoModelForPreTraining,
@@ -16,6 +17,7 @@ from transformers import (
     InstructBlipConfig,
     InstructBlipForConditionalGeneration,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
     T5ForConditionalGeneration,
 )
 
@@ -206,6 +208,23 @@ def test_partial_lavis_file_is_completed_by_tower_and_language_model(name, tmp_p
     assert model.config.vision_feature_layer == -2  # CLIP, as the official code reads it
     projection = "opt_proj.weight" if "opt" in name else "t5_proj.weight"
     assert torch.equal(model.language_projection.weight, official[projection])
+
+
+@pytest.mark.parametrize("has_newline", [True, False])
+def test_official_opt_stops_at_a_newline(has_newline, tmp_path):
+    write_official("stage2_opt", tmp_path / "lavis.pth")
+    pieces = {
+        piece: number for number, piece in enumerate(["<pad>", "<s>", "</s>", "<unk>", "a", *["Ċ"] * has_newline])
+    }
+    backend = Tokenizer(models.BPE(pieces, [], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path / "llm")
+    given = {"config": golden_config("stage2_opt"), "language_model": str(tmp_path / "llm")}
+    convert(str(tmp_path / "lavis.pth"), str(tmp_path / "ours"), **given)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours")
+    assert (model.generation_config.eos_token_id == pieces.get("Ċ")) == has_newline
+    assert model.generation_config.suppress_tokens == [model.config.image_token_index]
 
 
 @pytest.mark.parametrize("retrieval", [True, False])

@@ -9,10 +9,9 @@ from collators import Stage1Collator
 from data import CaptionDataset, load_rows
 from PIL import Image
 from scenes import IMAGE_SIZE, QUESTION_TYPES
-from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 from validation import RetrievalSet, recall_at_k, rerank
 
-import modeling_blip2x  # noqa: F401  registers the models with the Auto classes
+from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 
 DISTINCT_SCENES = 200  # how many a retrieval chooses among
 SHORTLIST = 16  # best by ITC that ITM ranks again
@@ -40,10 +39,8 @@ def noise_images(count: int, seed: int) -> list[Image.Image]:
 
 def score_generation(model_dir: str | Path, dataset: str | Path, split: str, seed: int) -> dict[str, float]:
     """caption: exact match. vqa, vqa_<type>: accuracy. blind, blind_<type>: the same with noise for every image."""
-    model, processor = (
-        AutoModelForImageTextToText.from_pretrained(model_dir).eval(),
-        AutoProcessor.from_pretrained(model_dir),
-    )
+    model = Blip2xForConditionalGeneration.from_pretrained(model_dir).eval()
+    processor = Blip2xProcessor.from_pretrained(model_dir)
     rows = load_rows(str(dataset), split)
     images = [row["image"].convert("RGB") for row in rows]
     captions = generate(model, processor, images, [row["prompt"][0] for row in rows.remove_columns("image")], 14)
@@ -74,10 +71,8 @@ def distinct_rows(captions: list[str], count: int) -> list[int]:
 
 def score_retrieval(model_dir: str | Path, dataset: str | Path, split: str) -> dict[str, float]:
     """R@1 among `DISTINCT_SCENES` scenes, the mean of both directions; each direction besides."""
-    model, processor = (
-        AutoModelForPreTraining.from_pretrained(model_dir).eval(),
-        AutoProcessor.from_pretrained(model_dir),
-    )
+    model = Blip2xForPreTraining.from_pretrained(model_dir).eval()
+    processor = Blip2xProcessor.from_pretrained(model_dir)
     rows = load_rows(str(dataset), split)
     rows = rows.select(distinct_rows(rows["caption"][:], DISTINCT_SCENES))
     data = CaptionDataset(rows, image_column="image", text_column="caption", clean_captions=False, draw_text=False)

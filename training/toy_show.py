@@ -10,10 +10,10 @@ from pathlib import Path
 from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import modeling_blip2x  # noqa: F401  registers the model with the Auto classes
+from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor  # importing registers them
 
 
-def answer(model, processor, image, prompt: str) -> str:
+def answer(model: Blip2xForConditionalGeneration, processor: Blip2xProcessor, image, prompt: str) -> str:
     batch = processor(images=image, text=prompt, return_tensors="pt")
     ids = model.generate(**batch, max_new_tokens=16, do_sample=False)
     return processor.batch_decode_new(ids, batch["input_ids"])[0]
