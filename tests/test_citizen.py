@@ -1,6 +1,7 @@
 """What transformers' tools expect of a model: outputs on request, checkpointing, compiling, resizing, saved configs."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,7 +215,7 @@ def test_images_are_the_main_input_and_generate_takes_either_first():
 
 @pytest.mark.parametrize("language_model", ("opt", "llama", "gpt2", "t5"))
 def test_ways_through_generate_agree(language_model):
-    """Chunked prefill, static cache, no cache, given embeddings and an assistant write what greedy search writes."""
+    """Chunked prefill, static cache, no cache, prompt lookup, a streamer and given embeddings write what greedy does."""
     model = stage2(language_model, std=0.5)
     inputs = prompt(model)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -227,6 +228,10 @@ def test_ways_through_generate_agree(language_model):
         assert torch.equal(expected, model.generate(**inputs, **arguments, **way)), way
     one = {name: value[:1] for name, value in inputs.items()}
     assert torch.equal(expected[:1], model.generate(**one, **arguments, prompt_lookup_num_tokens=2))
+    streamed = []
+    streamer = SimpleNamespace(put=lambda ids: streamed.append(ids.flatten()), end=lambda: streamed.append(None))
+    model.generate(**one, **arguments, streamer=streamer)
+    assert streamed.pop() is None and torch.equal(torch.cat(streamed), expected[0])
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
     new = model.generate(inputs_embeds=embeds, **rest, **arguments)
