@@ -11,13 +11,8 @@ import torch
 from .outputs_blip2x import Blip2xImageFeatures
 from .vision_blip2x import attention_weights_of
 
-IMAGE_ARGUMENTS = (
-    "pixel_values",
-    "vision_embeds",
-    "qformer_input_ids",
-    "qformer_attention_mask",
-    "interpolate_pos_encoding",
-)
+QFORMER_ARGUMENTS = ("qformer_input_ids", "qformer_attention_mask")
+IMAGE_ARGUMENTS = ("pixel_values", "vision_embeds", *QFORMER_ARGUMENTS, "interpolate_pos_encoding")
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -117,15 +112,20 @@ class ImagePrompting:
         inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        if self.config.is_encoder_decoder or "position_ids" in inputs:
+        if self.config.is_encoder_decoder:
+            return inputs
+        cache = inputs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        if past == 0 and kwargs.get("mm_encoder_outputs") is not None:
+            # An assistant's first step is not a first iteration to transformers, which drops what it prefills with.
+            inputs["mm_encoder_outputs"] = kwargs["mm_encoder_outputs"]
+        if "position_ids" in inputs:
             return inputs
         tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         length = tokens.shape[1]
         if attention_mask is not None and attention_mask.ndim == 2:
             inputs["position_ids"] = positions_of(attention_mask)[:, -length:]
         else:  # generate drops a mask without padding
-            cache = inputs.get("past_key_values")
-            past = 0 if cache is None else cache.get_seq_length()
             inputs["position_ids"] = (past + torch.arange(length, device=tokens.device))[None]
         return inputs
 
@@ -169,6 +169,8 @@ class ImagePrompting:
         arguments = {name: model_kwargs.pop(name) for name in IMAGE_ARGUMENTS if model_kwargs.get(name) is not None}
         if "pixel_values" in arguments or "vision_embeds" in arguments:
             model_kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**arguments, return_dict=True)}
+            # Kept for an assistant, whose queries read the same text; forward makes no use of it beside the features.
+            model_kwargs |= {name: value for name, value in arguments.items() if name in QFORMER_ARGUMENTS}
         return model_kwargs
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(
@@ -176,7 +178,7 @@ class ImagePrompting:
     ) -> dict:
         """Encoder-decoder: merge the soft prompt into the encoder's input, then encode once."""
         model_kwargs = self._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
-        image = model_kwargs.pop("mm_encoder_outputs", {}).get("image")
+        image = model_kwargs.get("mm_encoder_outputs", {}).get("image")
         is_embeds = inputs_tensor.is_floating_point()
         embeds = self.merge_image(None if is_embeds else inputs_tensor, inputs_tensor if is_embeds else None, image)
         with attention_weights_of(self.language_model, generation_config.output_attentions):
@@ -189,3 +191,22 @@ class ImagePrompting:
             )
         model_kwargs.pop("inputs_embeds", None)
         return model_kwargs
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
+    ):
+        """The encoder of an encoder-decoder model has read the image: beams carry none."""
+        if is_encoder_decoder and expand_size > 1:
+            kwargs.pop("mm_encoder_outputs", None)
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+
+    def _get_candidate_generator(self, *, assistant_model, model_kwargs: dict, **others):
+        """A drafting assistant with a Q-Former makes its own features, once, of what this model's tower saw."""
+        image = model_kwargs.get("mm_encoder_outputs", {}).get("image")
+        if isinstance(assistant_model, ImagePrompting) and image is not None:
+            texts = {name: model_kwargs[name] for name in QFORMER_ARGUMENTS if name in model_kwargs}
+            features = assistant_model.get_image_features(vision_embeds=image.last_hidden_state, **texts)
+            model_kwargs = model_kwargs | {"mm_encoder_outputs": {"image": features}}
+            # The assistant's own generate decides which logits it needs.
+            model_kwargs.pop("logits_to_keep", None)
+        return super()._get_candidate_generator(assistant_model=assistant_model, model_kwargs=model_kwargs, **others)

@@ -238,6 +238,22 @@ def test_ways_through_generate_agree(language_model):
     assert torch.equal(expected[:, -5:], new[:, -5:])
 
 
+@pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
+def test_a_model_that_sees_the_image_drafts_for_another(language_model):
+    """Whatever it drafts, the text is greedy search's; with equal weights every draft is right, so few steps are left."""
+    model = stage2(language_model, std=0.5)
+    inputs = {name: value[:1] for name, value in prompt(model).items()}
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(**inputs, **arguments)
+    assert torch.equal(expected, model.generate(**inputs, **arguments, assistant_model=stage2(language_model, seed=1)))
+    twin = stage2(language_model, std=0.5)
+    twin.generation_config.update(num_assistant_tokens=7, assistant_confidence_threshold=0)
+    steps = []
+    model.language_model.register_forward_hook(lambda *_: steps.append(1))
+    assert torch.equal(expected, model.generate(**inputs, **arguments, assistant_model=twin))
+    assert len(steps) <= 2
+
+
 @torch.no_grad()
 def test_arguments_of_decoder_only_models_are_checked():
     model = stage2("opt", std=0.5)
