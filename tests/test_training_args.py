@@ -1,7 +1,8 @@
 """Fields of the training scripts: YAML and flags, and every mistake reported at once."""
 
 import pytest
-from args import Stage1Arguments, Stage2Arguments, parse_arguments, save_arguments
+from args import parse_arguments, save_arguments
+from fields import Stage1Arguments, Stage2Arguments
 
 NEEDED = ["--output_dir", "out", "--dataset", "data", "--vision_model", "tower"]
 

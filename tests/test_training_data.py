@@ -8,7 +8,8 @@ import pytest
 import torch
 import trim_bert
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
-from data import BatchOrder, CaptionDataset, load_features, load_rows
+from data import BatchOrder, CaptionDataset, load_rows
+from features import load_features
 from optim import build_optimizer, learning_rate_at
 from PIL import Image
 from pretrain_stage1 import hardness_at

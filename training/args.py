@@ -1,6 +1,4 @@
-"""Training fields of both stages, and the one function that reads them.
-
-    python training/pretrain_stage1.py --config training/configs/flickr8k_stage1.yaml --dataset DIR --vision_model DIR
+"""Reads a command line, and the YAML file it names, into a dataclass of `fields`.
 
 A YAML file given by --config sets defaults, flags on the command line override them. Both go through
 `transformers.HfArgumentParser`, so a value means the same in either place. Whatever is wrong (unknown keys and flags,
@@ -10,213 +8,15 @@ wrong types, values out of range, missing fields) is collected and reported at o
 import argparse
 import difflib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
 
 
-def doc(default, text: str):
-    """A dataclass field whose help text is `text`; lists and dicts are copied for each instance."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class PretrainingArguments:
-    """What both stages need."""
-
-    output_dir: str | None = doc(None, "Folder of the run. Its root becomes a complete checkpoint. Required.")
-    dataset: str | None = doc(
-        None, "Hub id, folder (imagefolder with metadata.jsonl, parquet) or JSON / JSONL file. Required."
-    )
-    train_split: str = doc("train", "Split to train on; slices such as 'train[:1000]' work.")
-    eval_split: str | None = doc(None, "Split to validate on every eval_steps and at the end; null for none.")
-    image_column: str = doc("image", "Column with the image: an image, or a path relative to the JSON file.")
-    text_column: str = doc("text", "Column with the caption, or with a list of them, of which each visit draws one.")
-    clean_captions: bool = doc(True, 'Lower-case and strip . ! " ( ) * # : ; ~ as published; at most 50 words.')
-    max_text_length: int = doc(32, "Longest text in tokens; longer ones are cut.")
-    augment: bool = doc(True, "RandomResizedCrop(0.5, 1, bicubic) and horizontal flip of training images.")
-    image_size: int | None = doc(None, "Side of the square image in pixels; null takes the image processor's own.")
-    feature_cache: str | None = doc(
-        None, "Folder written by cache_features.py: skips the frozen tower; needs augment false."
-    )
-
-    vision_model: str | None = doc(None, "Id or folder of the frozen vision tower. Required unless init_from is given.")
-    vision_feature_layer: int = doc(-1, "Hidden layer of the tower to use; -2 for CLIP ViT-L.")
-    num_query_tokens: int = doc(32, "Number of learned queries.")
-    qformer_init: str | None = doc(
-        None, "Id or folder of a BERT checkpoint that initialises the Q-Former; null for random."
-    )
-    qformer_config: dict | str | None = doc(
-        None, "Q-Former config fields (a mapping; JSON on the command line) for random init."
-    )
-    qformer_tokenizer: str | None = doc(
-        None, "Id or folder of the Q-Former's tokenizer; null takes qformer_init's or builds one."
-    )
-
-    max_steps: int | None = doc(None, "Optimiser steps; null derives them from num_train_epochs.")
-    num_train_epochs: float = doc(10.0, "Passes over the images, used when max_steps is null.")
-    per_device_train_batch_size: int = doc(32, "Pairs a process sees in one forward.")
-    per_device_eval_batch_size: int | None = doc(
-        None, "Pairs a process validates in one forward; null: as in training."
-    )
-    gradient_accumulation_steps: int = doc(1, "Forwards for one optimiser step. Adds no negatives to ITC and ITM.")
-    learning_rate: float = doc(1e-4, "Peak learning rate.")
-    min_learning_rate: float = doc(1e-5, "Learning rate at the end of the cosine.")
-    warmup_steps: int = doc(2000, "Steps of linear warm-up from 1e-6.")
-    weight_decay: float = doc(0.05, "AdamW weight decay; never on biases, norms and other 1-d parameters.")
-    adam_beta1: float = doc(0.9, "AdamW beta 1.")
-    adam_beta2: float = doc(0.98, "AdamW beta 2.")
-    max_grad_norm: float = doc(1.0, "Gradients are clipped to this norm; 0 for no clipping.")
-    bf16: bool = doc(False, "bfloat16 autocast; trainable parts and losses stay in float32.")
-    fp16: bool = doc(False, "float16 autocast with a loss scaler.")
-    gradient_checkpointing: bool = doc(False, "Recompute activations in the backward pass to save memory.")
-    torch_compile: bool = doc(False, "Compile the model with torch.compile.")
-    seed: int = doc(42, "Fixes initialisation, order of data, drawn captions, crops, dropout and negatives.")
-    dataloader_num_workers: int = doc(0, "Processes that load data; 0 loads in the main one.")
-
-    logging_steps: int = doc(10, "Steps averaged into one line of metrics.jsonl.")
-    eval_steps: int | None = doc(None, "Steps between validations; null validates at the end only.")
-    save_steps: int = doc(1000, "Steps between checkpoints to resume from.")
-    save_total_limit: int | None = doc(2, "Newest checkpoints kept; null keeps all.")
-    overwrite_output_dir: bool = doc(False, "Start over instead of continuing from output_dir.")
-    report_to: str = doc(
-        "none", "Tracker for accelerate's log_with, such as tensorboard or wandb; none: metrics.jsonl only."
-    )
-
-    def required(self) -> list[str]:
-        return ["output_dir", "dataset"]
-
-    def problems(self) -> list[str]:
-        """What is wrong with the values, one sentence each: flag, value, fix."""
-        found = [
-            f"--{name} is missing. Pass --{name} VALUE or set it in the YAML file."
-            for name in self.required()
-            if not getattr(self, name)
-        ]
-        for name in ("dataset", "vision_model", "qformer_init", "qformer_tokenizer", "init_from", "language_model"):
-            value = getattr(self, name, None)
-            if value and (value[0] in "./~" or value.count("/") > 1) and not Path(value).exists():
-                found.append(f"--{name} is {value}: there is no such folder. Check the path, or give a hub id.")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name, None)
-            if value is not None and not low <= value <= high:
-                found.append(f"--{name} is {value}, but must lie between {low:g} and {high:g}.")
-        if self.bf16 and self.fp16:
-            found.append("--bf16 and --fp16 are both true. Choose one.")
-        if self.feature_cache and self.augment:
-            found.append(
-                "--augment is true, but --feature_cache holds features of images already encoded. Pass --augment false, and "
-                "for augmented views write the cache with cache_features.py --views."
-            )
-        if self.min_learning_rate > self.learning_rate:
-            found.append(
-                f"--min_learning_rate is {self.min_learning_rate}, above --learning_rate {self.learning_rate}. Lower "
-                "it."
-            )
-        if self.eval_steps and not self.eval_split:
-            found.append(f"--eval_steps is {self.eval_steps}, but there is no --eval_split to validate on. Name one.")
-        return found
-
-
-@dataclass
-class Stage1Arguments(PretrainingArguments):
-    """Stage 1: representation learning with the frozen vision tower."""
-
-    init_from: str | None = doc(None, "Stage-1 folder to continue from with fresh optimiser and schedule.")
-    image_text_hidden_size: int = doc(256, "Width of the space in which ITC compares images and texts.")
-    objectives: list[str] = doc(["itc", "itm", "itg"], "Losses that are computed and trained.")
-    hard_negative_steps: int = doc(
-        0,
-        "Steps over which ITM's negatives go from evenly drawn to the paper's hard ones. 0: hard from the start, as in "
-        "the paper, which leaves ITM of a short run at the constant predictor (loss 0.6365).",
-    )
-    min_word_count: int = doc(
-        5, "Word count in the training captions above which a built vocabulary keeps a word whole."
-    )
-    rerank_k: int = doc(16, "Candidates that ITM re-ranks in the validation at the end; 0 for no re-ranking.")
-
-    def required(self) -> list[str]:
-        return super().required() + ([] if self.init_from else ["vision_model"])
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        known = ["itc", "itm", "itg"]
-        for name in self.objectives:
-            if name not in known:
-                found.append(f"--objectives holds {name!r}; choose from {', '.join(known)}.")
-        if self.qformer_init and self.qformer_config:
-            found.append(
-                "--qformer_init and --qformer_config are both given. A BERT checkpoint brings its own shape: drop one."
-            )
-        return found
-
-
-@dataclass
-class Stage2Arguments(PretrainingArguments):
-    """Stage 2: generative learning with the frozen vision tower and the frozen LLM."""
-
-    init_from: str | None = doc(None, "Stage-1 folder whose vision tower, Q-Former and queries are taken over.")
-    language_model: str | None = doc(None, "Id or folder of the frozen LLM, decoder-only or encoder-decoder. Required.")
-    prompt: str = doc("", "Text before each supervised text; it is not supervised itself.")
-    prompt_column: str | None = doc(
-        None, "Column with a prompt for each text (a list if the texts are one) in place of `prompt`."
-    )
-    lora: str | None = doc(
-        None,
-        "Trains a LoRA adapter on the linear layers of a part: lm, qformer, vision, or a regular expression over module "
-        "names; null for none.",
-    )
-    merge_lora: bool = doc(False, "Also write merged/, the model with the adapter added to its weights.")
-    min_learning_rate: float = doc(5e-5, "Learning rate at the end of the cosine.")
-
-    def required(self) -> list[str]:
-        return super().required() + ["language_model"] + ([] if self.init_from else ["vision_model"])
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        if self.merge_lora and not self.lora:
-            found.append("--merge_lora is true, but there is no --lora. Pass --lora lm, or leave it out.")
-        if self.prompt and self.prompt_column:
-            found.append("--prompt and --prompt_column are both given. Drop one.")
-        return found
-
-
-BIG = float("inf")
-TINY = 1e-12
-RANGES = {  # field: smallest and largest value
-    "max_text_length": (2, BIG),
-    "image_size": (1, BIG),
-    "num_query_tokens": (1, BIG),
-    "max_steps": (1, BIG),
-    "num_train_epochs": (TINY, BIG),
-    "per_device_train_batch_size": (1, BIG),
-    "per_device_eval_batch_size": (1, BIG),
-    "gradient_accumulation_steps": (1, BIG),
-    "learning_rate": (TINY, 10),
-    "min_learning_rate": (0, 10),
-    "warmup_steps": (0, BIG),
-    "weight_decay": (0, 1),
-    "adam_beta1": (0, 0.999999),
-    "adam_beta2": (0, 0.999999),
-    "max_grad_norm": (0, BIG),
-    "seed": (0, 2**32 - 1),
-    "dataloader_num_workers": (0, 1024),
-    "logging_steps": (1, BIG),
-    "eval_steps": (1, BIG),
-    "save_steps": (1, BIG),
-    "save_total_limit": (1, BIG),
-    "image_text_hidden_size": (1, BIG),
-    "hard_negative_steps": (0, BIG),
-    "min_word_count": (1, BIG),
-    "rerank_k": (0, BIG),
-}
-
-
-def parse_arguments(kind: type[PretrainingArguments], argv: list[str]) -> PretrainingArguments:
+def parse_arguments(kind: type, argv: list[str]):
     """Read `argv` (and the YAML file it names) into a dataclass of the given kind.
 
     Raises ValueError with one line for each wrong field.
@@ -315,10 +115,10 @@ def read_flag(parser: HfArgumentParser, kind: type, flag: str, tokens: list[str]
 
 
 def field_names(kind: type) -> list[str]:
-    return [item.name for item in fields(kind)]
+    return [item.name for item in dataclass_fields(kind)]
 
 
-def save_arguments(arguments: PretrainingArguments, path: Path) -> None:
+def save_arguments(arguments: object, path: Path) -> None:
     """Write the fields as YAML that --config reads back, without `overwrite_output_dir`: a repeat continues."""
     values = {name: value for name, value in asdict(arguments).items() if name != "overwrite_output_dir"}
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")

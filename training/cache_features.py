@@ -18,10 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from args import doc, parse_arguments
+from args import parse_arguments
 from collators import collate_images
-from data import ImageDataset, load_rows, rows_fingerprint
-from inputs import load_image_processor, output_size, tower_fingerprint
+from data import ImageDataset, load_rows
+from features import rows_fingerprint, tower_fingerprint
+from fields import doc
+from inputs import load_image_processor, output_size
 from tqdm import tqdm
 from transforms import augment_image
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor
+
 IGNORE = -100  # label that no loss counts
 
 
@@ -18,6 +20,17 @@ def collate_images(items: list[dict], image_processor: Any, cropped: bool) -> di
     as_they_are = {"do_resize": False, "do_center_crop": False} if cropped else {}
     pixels = image_processor(images=[item["image"] for item in items], return_tensors="pt", **as_they_are)
     return {"pixel_values": pixels["pixel_values"]}
+
+
+def collate_prompts(items: list[dict], qformer_tokenizer: Any | None, max_length: int) -> dict[str, torch.Tensor]:
+    """What the Q-Former reads, where it reads: the prompt of each row, as the processor gives it in generation."""
+    if qformer_tokenizer is None:
+        return {}
+    prompts = [item["prompt"] for item in items]
+    encoded = qformer_tokenizer(
+        prompts, padding="longest", truncation=True, max_length=max_length, padding_side="right", return_tensors="pt"
+    )
+    return {"qformer_input_ids": encoded["input_ids"], "qformer_attention_mask": encoded["attention_mask"]}
 
 
 def pad(rows: list[list[int]], value: int) -> torch.Tensor:
@@ -70,6 +83,7 @@ class CausalLMCollator:
     image_token_id: int
     max_text_length: int
     cropped: bool
+    qformer_tokenizer: Any | None = None
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         input_ids, labels = zip(*[self.encode(item["prompt"], item["text"]) for item in items])
@@ -78,6 +92,7 @@ class CausalLMCollator:
         filler = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         return {
             **collate_images(items, self.image_processor, self.cropped),
+            **collate_prompts(items, self.qformer_tokenizer, self.max_text_length),
             "input_ids": pad(list(input_ids), filler),
             "attention_mask": pad(mask, 0),
             "labels": pad(list(labels), IGNORE),
@@ -113,12 +128,14 @@ class Seq2SeqLMCollator:
     image_token_id: int
     max_text_length: int
     cropped: bool
+    qformer_tokenizer: Any | None = None
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         inputs, labels = zip(*[self.encode(item["prompt"], item["text"], item["draw"]) for item in items])
         mask = [[1] * len(ids) for ids in inputs]
         return {
             **collate_images(items, self.image_processor, self.cropped),
+            **collate_prompts(items, self.qformer_tokenizer, self.max_text_length),
             "input_ids": pad(list(inputs), self.tokenizer.pad_token_id),
             "attention_mask": pad(mask, 0),
             "labels": pad(list(labels), IGNORE),
@@ -144,4 +161,20 @@ def without_end(ids: list[int], tokenizer: Any) -> list[int]:
         ids[:-1]
         if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
         else ids
+    )
+
+
+def language_collator(
+    model: Blip2xForConditionalGeneration, processor: Blip2xProcessor, max_text_length: int, cropped: bool
+) -> CausalLMCollator | Seq2SeqLMCollator:
+    """The collator of a model's kind of language model."""
+    kind = Seq2SeqLMCollator if model.config.is_encoder_decoder else CausalLMCollator
+    return kind(
+        processor.image_processor,
+        processor.tokenizer,
+        processor.num_query_tokens,
+        processor.image_token_id,
+        max_text_length,
+        cropped,
+        processor.qformer_tokenizer,
     )

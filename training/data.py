@@ -5,9 +5,7 @@ of rows from (seed, epoch): no worker or process holds state, and a run resumes 
 """
 
 import difflib
-import hashlib
 import io
-import json
 import random
 from pathlib import Path
 
@@ -261,40 +259,3 @@ def make_loader(
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
     )
-
-
-def rows_fingerprint(rows: datasets.Dataset, image_column: str) -> str:
-    """Hash of which images the rows show, in order: file name where there is one, else content."""
-    digest = hashlib.sha256()
-    for row in keep_encoded(rows, image_column).select_columns([image_column]):
-        value = row[image_column]
-        name = value.get("path") if isinstance(value, dict) else value
-        digest.update(Path(name).name.encode() if name else value["bytes"])
-    return digest.hexdigest()[:16]
-
-
-def load_features(folder: str, split: str, fingerprint: dict) -> np.ndarray:
-    """Memory map, (rows, N, D) or (rows, V, N, D), of the feature cache of a split.
-
-    Raises ValueError if there is none, or if it was written by other weights, preprocessing or images.
-    """
-    stem = Path(folder) / split
-    try:
-        described = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        features = np.load(stem.with_suffix(".npy"), mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--feature_cache {folder} has no whole cache of split {split!r} ({error}). "
-            "Write it with cache_features.py."
-        ) from error
-    differs = [
-        f"{key}: cache {described.get(key)!r}, now {value!r}"
-        for key, value in fingerprint.items()
-        if described.get(key) != value
-    ]
-    if differs:
-        raise ValueError(
-            f"--feature_cache {folder}, split {split!r} does not belong to this run ({'; '.join(differs)}). "
-            "Write it again with cache_features.py."
-        )
-    return features

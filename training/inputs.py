@@ -1,16 +1,14 @@
-"""What both stages and the feature cache prepare alike: image processor, data sets, frozen tower, accelerator."""
+"""What all training scripts prepare alike: accelerator, folder of the run, image processor, data sets."""
 
-import hashlib
-import json
 import math
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
-from args import PretrainingArguments, save_arguments
+from args import save_arguments
 from checkpoint import clear_output_dir
-from data import CaptionDataset, load_features, load_rows, rows_fingerprint
+from data import CaptionDataset, load_rows
+from fields import PretrainingArguments
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 
@@ -110,28 +108,6 @@ def load_dataset_split(
         crop_size=crop_size,
         draw_text=draw_text,
     )
-
-
-def tower_fingerprint(tower: torch.nn.Module, feature_layer: int, image_processor) -> dict[str, str | int]:
-    """What the features of an image depend on: weights, layer and preprocessing."""
-    weights = hashlib.sha256()
-    for name, tensor in sorted(tower.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    preprocessing = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
-    return {
-        "weights": weights.hexdigest()[:16],
-        "vision_feature_layer": feature_layer,
-        "preprocessing": hashlib.sha256(preprocessing.encode()).hexdigest()[:16],
-    }
-
-
-def use_feature_cache(folder: str, model: torch.nn.Module, image_processor, splits: dict[str, CaptionDataset]) -> None:
-    """Let data sets give cached features instead of images, after checking that they belong to this tower and data."""
-    fingerprint = tower_fingerprint(model.shared_model.vision_model, model.config.vision_feature_layer, image_processor)
-    for split, dataset in splits.items():
-        images = rows_fingerprint(dataset.images, dataset.image_column)
-        dataset.use_features(load_features(folder, split, {**fingerprint, "images": images}))
 
 
 def count_steps(args: PretrainingArguments, num_rows: int, num_processes: int) -> int:

@@ -6,29 +6,15 @@
 The same command again continues from the last whole checkpoint. --help lists the fields.
 """
 
-import functools
 import sys
-from pathlib import Path
 
-from args import Stage1Arguments, parse_arguments
-from checkpoint import is_finished, read_state
+from args import parse_arguments
 from collators import Stage1Collator
-from data import BatchOrder, make_loader
-from inputs import (
-    count_steps,
-    load_dataset_split,
-    load_image_processor,
-    open_output_dir,
-    output_size,
-    read_stage1_config,
-    seed_training,
-    start_run,
-    use_feature_cache,
-)
-from loop import finish, train
-from optim import build_optimizer, learning_rate_at
+from fields import Stage1Arguments
+from inputs import load_image_processor, read_stage1_config, start_run
+from run import already_finished, fit, load_splits, steps_of
 from transformers import AutoProcessor
-from validation import RetrievalSet, matching_accuracy, mean_losses, recall_at_k, rerank
+from validation import validate_image_text
 from vocabulary import build_tokenizer, load_qformer_tokenizer
 
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
@@ -37,26 +23,14 @@ from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormer
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Stage1Arguments, sys.argv[1:] if argv is None else argv)
     accelerator = start_run(args, unused_parameters=len(args.objectives) < 3)
-    output_dir = Path(args.output_dir)
-
     if args.init_from:
         read_stage1_config(args.init_from)  # before anything slow
 
-    # Data
     image_processor = load_image_processor(args.init_from or args.vision_model, args.image_size)
-    size = output_size(image_processor)
-    train_set = load_dataset_split(
-        args, accelerator, args.train_split, crop_size=size if args.augment else None, draw_text=True
-    )
-    eval_set = args.eval_split and load_dataset_split(
-        args, accelerator, args.eval_split, crop_size=None, draw_text=False
-    )
-    max_steps = count_steps(args, len(train_set), accelerator.num_processes)
-    if is_finished(output_dir, max_steps) and not args.overwrite_output_dir:
-        accelerator.print(f"{output_dir} is finished: {max_steps} steps. Pass --overwrite_output_dir to start over.")
+    train_set, eval_set = load_splits(args, accelerator, image_processor)
+    if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
         return
 
-    # Model
     if args.init_from:
         model = Blip2xForPreTraining.from_pretrained(args.init_from)
         model.config.objectives = args.objectives
@@ -78,34 +52,7 @@ def main(argv: list[str] | None = None) -> None:
             objectives=args.objectives,
         )
     processor = Blip2xProcessor(image_processor, tokenizer)
-    model.check_processor(processor)
     model.freeze_unimodal()
-    accelerator.print(model.trainable_parameters_summary())
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    if args.torch_compile:
-        model.compile()
-    if args.feature_cache:
-        splits = {args.train_split: train_set} | ({args.eval_split: eval_set} if eval_set else {})
-        use_feature_cache(args.feature_cache, model, image_processor, splits)
-
-    # Batches, from where an earlier run of this folder stopped
-    open_output_dir(args, accelerator)
-    state = read_state(output_dir)
-    collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=args.augment)
-    order = BatchOrder(
-        len(train_set),
-        args.per_device_train_batch_size,
-        (max_steps - state["step"]) * args.gradient_accumulation_steps,
-        seed=args.seed,
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        samples_seen=state["samples_seen"],
-    )
-    on_gpu = accelerator.device.type == "cuda"
-    batches = make_loader(train_set, order, collator, args.dataloader_num_workers, pin_memory=on_gpu)
-    eval_batch = args.per_device_eval_batch_size or args.per_device_train_batch_size
-    eval_collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=False)
 
     def negatives(forward: int) -> dict:
         """How a forward draws its negatives: the same whatever the number of processes."""
@@ -115,64 +62,23 @@ def main(argv: list[str] | None = None) -> None:
             "negative_hardness": hardness_at(step, args.hard_negative_steps),
         }
 
-    def eval_negatives(batch: int) -> dict:
-        return {"negative_seed": batch}
+    def validate(final: bool) -> dict:
+        collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=False)
+        rerank_k = args.rerank_k if final else 0
+        return validate_image_text(accelerator, model, eval_set, collator, args.eval_batch_size, rerank_k, args.seed)
 
-    def validate(final: bool = False) -> dict:
-        if not eval_set:
-            return {}
-        order = BatchOrder(
-            len(eval_set),
-            eval_batch,
-            max(1, len(eval_set) // (eval_batch * accelerator.num_processes)),
-            seed=0,
-            rank=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
-        losses = mean_losses(accelerator, model, make_loader(eval_set, order, eval_collator, 0, on_gpu), eval_negatives)
-        if accelerator.is_main_process:  # no exchange with other processes from here on
-            data = RetrievalSet(model, eval_set, eval_collator, accelerator)
-            losses |= recall_at_k(data.cosines, data.owner)
-            if "itm" in args.objectives:
-                losses |= matching_accuracy(data, eval_batch, model.temperature.item(), args.seed)
-                losses |= rerank(data, args.rerank_k, model.temperature.item()) if final and args.rerank_k else {}
-        accelerator.wait_for_everyone()
-        return losses
-
-    # Training
-    optimizer = build_optimizer(
-        model,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-    )
-    schedule = functools.partial(
-        learning_rate_at,
-        max_steps=max_steps,
-        warmup_steps=args.warmup_steps,
-        peak=args.learning_rate,
-        floor=args.min_learning_rate,
-    )
-    seed_training(args.seed, accelerator)
-    train(
+    collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=args.augment)
+    fit(
+        args,
         accelerator,
         model,
-        optimizer,
-        batches,
-        output_dir=output_dir,
-        max_steps=max_steps,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_grad_norm=args.max_grad_norm,
-        learning_rate=schedule,
-        logging_steps=args.logging_steps,
-        save_steps=args.save_steps,
-        save_total_limit=args.save_total_limit,
-        eval_steps=args.eval_steps,
+        processor,
+        train_set,
+        eval_set,
+        collator,
         validate=validate,
         forward_inputs=negatives,
     )
-
-    finish(accelerator, output_dir, max_steps, validate(final=True), model, processor)
 
 
 def hardness_at(step: int, steps: int) -> float:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from args import doc, parse_arguments
+from args import parse_arguments
 from data import load_rows, read_texts, require_column
+from fields import doc
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 

@@ -5,9 +5,59 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from collators import Stage1Collator
-from data import CaptionDataset
+from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
+from data import BatchOrder, CaptionDataset, make_loader
 from loop import MEASURED
+
+
+def validate_image_text(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    dataset: CaptionDataset | None,
+    collator: Stage1Collator,
+    batch_size: int,
+    rerank_k: int,
+    seed: int,
+) -> dict[str, float]:
+    """Stage 1 and retrieval: losses, R@K both ways, ITM accuracy, and R@K after ITM has re-ranked where rerank_k > 0."""
+    if dataset is None:
+        return {}
+    order = BatchOrder(
+        len(dataset),
+        batch_size,
+        max(1, len(dataset) // (batch_size * accelerator.num_processes)),
+        seed=0,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    batches = make_loader(dataset, order, collator, 0, accelerator.device.type == "cuda")
+    figures = mean_losses(accelerator, model, batches, lambda batch: {"negative_seed": batch})
+    if accelerator.is_main_process:  # no exchange with other processes from here on
+        data = RetrievalSet(model, dataset, collator, accelerator)
+        figures |= recall_at_k(data.cosines, data.owner)
+        if "itm" in model.config.objectives:
+            temperature = model.temperature.item()
+            figures |= matching_accuracy(data, batch_size, temperature, seed)
+            figures |= rerank(data, rerank_k, temperature) if rerank_k else {}
+    accelerator.wait_for_everyone()
+    return figures
+
+
+def validate_language(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    dataset: CaptionDataset | None,
+    collator: CausalLMCollator | Seq2SeqLMCollator,
+    batch_size: int,
+) -> dict[str, float]:
+    """Stage 2 and its fine-tuning: loss and token accuracy over every row."""
+    if dataset is None:
+        return {}
+    rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+    order = [[(0, row) for row in rows[start : start + batch_size]] for start in range(0, len(rows), batch_size)]
+    return token_accuracy(
+        accelerator, model, make_loader(dataset, order, collator, 0, accelerator.device.type == "cuda")
+    )
 
 
 @torch.no_grad()

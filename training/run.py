@@ -1,0 +1,123 @@
+"""What every training script does with its data, model and collator: batches, optimiser, schedule, loop, checkpoint."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from checkpoint import is_finished, read_state
+from data import BatchOrder, CaptionDataset, make_loader
+from features import use_feature_cache
+from fields import PretrainingArguments
+from inputs import count_steps, load_dataset_split, open_output_dir, output_size, seed_training
+from loop import finish, train
+from lora import LoraCheckpoint, add_lora
+from optim import build_optimizer, learning_rate_at
+
+from modeling_blip2x import Blip2xProcessor
+
+
+def load_splits(
+    args: PretrainingArguments, accelerator: Accelerator, image_processor, prompt: str = ""
+) -> tuple[CaptionDataset, CaptionDataset | None]:
+    """The training split, augmented where asked for, and the validation split or None."""
+    read = functools.partial(
+        load_dataset_split, args, accelerator, prompt=prompt, prompt_column=getattr(args, "prompt_column", None)
+    )
+    crop_size = output_size(image_processor) if args.augment else None
+    train_set = read(args.train_split, crop_size=crop_size, draw_text=True)
+    return train_set, read(args.eval_split, crop_size=None, draw_text=False) if args.eval_split else None
+
+
+def already_finished(args: PretrainingArguments, accelerator: Accelerator, max_steps: int) -> bool:
+    """True, and a line that says so, when the folder holds the whole run and is not to be started over."""
+    if args.overwrite_output_dir or not is_finished(Path(args.output_dir), max_steps):
+        return False
+    accelerator.print(f"{args.output_dir} is finished: {max_steps} steps. Pass --overwrite_output_dir to start over.")
+    return True
+
+
+def steps_of(args: PretrainingArguments, accelerator: Accelerator, train_set: CaptionDataset) -> int:
+    return count_steps(args, len(train_set), accelerator.num_processes)
+
+
+def fit(
+    args: PretrainingArguments,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    processor: Blip2xProcessor,
+    train_set: CaptionDataset,
+    eval_set: CaptionDataset | None,
+    collator: Callable[[list[dict]], dict],
+    *,
+    validate: Callable[[bool], dict],
+    forward_inputs: Callable[[int], dict] = lambda forward: {},
+) -> None:
+    """Train `model`, its frozen parts chosen already, and make the run's root a complete checkpoint.
+
+    Args:
+        collator: of training batches.
+        validate: figures of the model as it is, on all processes; its argument says whether it is the last time.
+        forward_inputs: more arguments for the model, given the number of the forward.
+    """
+    output_dir, max_steps = Path(args.output_dir), steps_of(args, accelerator, train_set)
+    model.check_processor(processor)
+    if args.lora:
+        add_lora(model, args.lora)
+    accelerator.print(model.trainable_parameters_summary())
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.torch_compile:
+        model.compile()
+    if args.feature_cache:
+        splits = {args.train_split: train_set} | ({args.eval_split: eval_set} if eval_set else {})
+        use_feature_cache(args.feature_cache, model, processor.image_processor, splits)
+
+    # Batches, from where an earlier run of this folder stopped
+    open_output_dir(args, accelerator)
+    state = read_state(output_dir)
+    order = BatchOrder(
+        len(train_set),
+        args.per_device_train_batch_size,
+        (max_steps - state["step"]) * args.gradient_accumulation_steps,
+        seed=args.seed,
+        rank=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        samples_seen=state["samples_seen"],
+    )
+    on_gpu = accelerator.device.type == "cuda"
+    batches = make_loader(train_set, order, collator, args.dataloader_num_workers, pin_memory=on_gpu)
+    optimizer = build_optimizer(
+        model,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+    )
+    schedule = functools.partial(
+        learning_rate_at,
+        max_steps=max_steps,
+        warmup_steps=args.warmup_steps,
+        peak=args.learning_rate,
+        floor=args.min_learning_rate,
+    )
+    seed_training(args.seed, accelerator)
+    train(
+        accelerator,
+        model,
+        optimizer,
+        batches,
+        output_dir=output_dir,
+        max_steps=max_steps,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_grad_norm=args.max_grad_norm,
+        learning_rate=schedule,
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        save_total_limit=args.save_total_limit,
+        eval_steps=args.eval_steps,
+        validate=lambda: validate(False),
+        forward_inputs=forward_inputs,
+    )
+    checkpoint = LoraCheckpoint(model, processor if args.merge_lora else None) if args.lora else model
+    finish(accelerator, output_dir, max_steps, validate(True), checkpoint, processor)
