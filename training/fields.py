@@ -70,6 +70,9 @@ class PretrainingArguments:
     adam_beta1: float = doc(0.9, "AdamW beta 1.")
     adam_beta2: float = doc(0.98, "AdamW beta 2.")
     max_grad_norm: float = doc(1.0, "Gradients are clipped to this norm; 0 for no clipping.")
+    ema_decay: float | None = doc(
+        None, "Decay of an average of the trained weights over steps, which is validated and saved; null for none."
+    )
     bf16: bool = doc(False, "bfloat16 autocast; trainable parts and losses stay in float32.")
     fp16: bool = doc(False, "float16 autocast with a loss scaler.")
     gradient_checkpointing: bool = doc(False, "Recompute activations in the backward pass to save memory.")
@@ -148,11 +151,7 @@ class Stage1Arguments(PretrainingArguments):
         return super().required() + ([] if self.init_from else ["vision_model"])
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        known = ["itc", "itm", "itg"]
-        for name in self.objectives:
-            if name not in known:
-                found.append(f"--objectives holds {name!r}; choose from {', '.join(known)}.")
+        found = super().problems() + unknown_objectives(self.objectives)
         if self.qformer_init and self.qformer_config:
             found.append(
                 "--qformer_init and --qformer_config are both given. A BERT checkpoint brings its own shape: drop one."
@@ -187,6 +186,70 @@ class Stage2Arguments(PretrainingArguments):
         return found
 
 
+TASKS = {  # task: its prompt, whether crops and flips are harmless, whether captions are cleaned
+    "caption": ("a photo of", True, True),
+    "vqa": ("Question: {} Answer:", False, False),  # a flip turns left into right, a crop changes counts
+    "instruct": ("{}", False, False),
+    "retrieval": ("", True, True),
+}
+
+
+@dataclass
+class FinetuneArguments(PretrainingArguments):
+    """Fine-tuning of a stage-2 model on caption, vqa or instruct, or of a stage-1 model on retrieval."""
+
+    task: str | None = doc(None, f"One of {', '.join(TASKS)}. Required.")
+    init_from: str | None = doc(None, "Checkpoint folder or id to tune: stage 2, or stage 1 for retrieval. Required.")
+    language_model: str | None = doc(None, "Id or folder of the frozen LLM, where init_from is a stage-1 folder.")
+    prompt: str | None = doc(
+        None,
+        "Text before the supervised one; {} stands for the question. null takes the task's; kept in the checkpoint.",
+    )
+    prompt_column: str | None = doc(None, "Column with the question or instruction; null finds it.")
+    qformer_text_input: bool = doc(False, "The Q-Former reads the prompt too.")
+    train_vision: bool = doc(False, "Train the vision tower too, as the paper does in fine-tuning.")
+    layer_decay: float = doc(1.0, "Each layer of the tower trains at this share of the learning rate of the one above.")
+    augment: bool | None = doc(
+        None, "Random crops and flips; null is what suits the task, that is not vqa and instruct."
+    )
+    clean_captions: bool | None = doc(None, "As in pre-training; null is what suits the task.")
+    num_train_epochs: float = doc(5.0, "Passes over the images, used when max_steps is null.")
+    learning_rate: float = doc(1e-5, "Peak learning rate.")
+    min_learning_rate: float = doc(0.0, "Learning rate at the end of the cosine.")
+    warmup_steps: int = doc(1000, "Steps of linear warm-up from 1e-6.")
+    adam_beta2: float = doc(0.999, "AdamW beta 2.")
+    objectives: list[str] = doc(["itc", "itm", "itg"], "Retrieval: losses that are computed and trained.")
+    hard_negative_steps: int = doc(0, "Retrieval: as in stage 1.")
+    rerank_k: int = doc(16, "Retrieval: candidates that ITM re-ranks in the validation at the end; 0 for none.")
+
+    def __post_init__(self):
+        if self.task in TASKS:
+            prompt, augment, clean = TASKS[self.task]
+            self.prompt = prompt if self.prompt is None else self.prompt
+            self.augment = (augment and not self.feature_cache) if self.augment is None else self.augment
+            self.clean_captions = clean if self.clean_captions is None else self.clean_captions
+
+    def required(self) -> list[str]:
+        return super().required() + ["task", "init_from"]
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.task and self.task not in TASKS:
+            found.append(f"--task is {self.task!r}; choose from {', '.join(TASKS)}.")
+        if self.task in ("vqa", "instruct") and "{}" not in self.prompt:
+            found.append(f"--prompt is {self.prompt!r}, but needs {{}} where the question goes.")
+        if self.train_vision and self.feature_cache:
+            found.append("--train_vision is true, but --feature_cache skips the tower. Drop one.")
+        if self.layer_decay != 1.0 and not self.train_vision:
+            found.append(f"--layer_decay is {self.layer_decay}, but the tower is frozen. Pass --train_vision true.")
+        return found + unknown_objectives(self.objectives)
+
+
+def unknown_objectives(objectives: list[str]) -> list[str]:
+    known = ["itc", "itm", "itg"]
+    return [f"--objectives holds {n!r}; choose from {', '.join(known)}." for n in objectives if n not in known]
+
+
 BIG = float("inf")
 TINY = 1e-12
 RANGES = {  # field: smallest and largest value
@@ -215,4 +278,6 @@ RANGES = {  # field: smallest and largest value
     "hard_negative_steps": (0, BIG),
     "min_word_count": (1, BIG),
     "rerank_k": (0, BIG),
+    "layer_decay": (TINY, 1),
+    "ema_decay": (0, 0.999999),
 }

@@ -38,6 +38,15 @@ def already_finished(args: PretrainingArguments, accelerator: Accelerator, max_s
     return True
 
 
+def has_other_size(model: torch.nn.Module, processor: Blip2xProcessor) -> bool:
+    """Whether the processor's images are of another size than the tower was trained at."""
+    size = getattr(model.config.vision_config, "image_size", None)
+    if size is None:
+        return False  # a CNN takes any
+    native = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return output_size(processor.image_processor) != native
+
+
 def steps_of(args: PretrainingArguments, accelerator: Accelerator, train_set: CaptionDataset) -> int:
     return count_steps(args, len(train_set), accelerator.num_processes)
 
@@ -63,6 +72,7 @@ def fit(
     """
     output_dir, max_steps = Path(args.output_dir), steps_of(args, accelerator, train_set)
     model.check_processor(processor)
+    model.config.interpolate_pos_encoding = has_other_size(model, processor)
     if args.lora:
         add_lora(model, args.lora)
     accelerator.print(model.trainable_parameters_summary())
@@ -93,6 +103,7 @@ def fit(
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),
+        layer_decay=getattr(args, "layer_decay", 1.0),
     )
     schedule = functools.partial(
         learning_rate_at,
