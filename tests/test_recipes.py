@@ -135,7 +135,9 @@ def test_stage2_trains_as_many_parameters_as_the_paper(llm, total):
         model = Blip2xForConditionalGeneration(config)
     model.freeze_unimodal()
     assert trainable(model) == pytest.approx(107e6 if llm in ("opt2.7b", "flant5xl") else 108e6, rel=0.005)
-    assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(total, rel=0.04)
+    # FlanT5's output layer is its own; transformers unties it when a checkpoint holds one, so here it is not counted.
+    head = LLM[llm].vocab_size * LLM[llm].hidden_size if "t5" in llm else 0
+    assert head + sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(total, rel=0.04)
 
 
 def test_layer_decay_reaches_the_optimiser():
