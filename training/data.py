@@ -129,7 +129,7 @@ class CaptionDataset(ImageDataset):
             "text": texts[choice],
             "image_id": index,
             "draw": rng.random(),
-            "prompt": self.prompts[index][choice] if self.prompts else self.prompt,
+            "prompt": fill_prompt(self.prompt, self.prompts[index][choice]) if self.prompts else self.prompt,
         }
         if self.features is not None:
             features = self.features[index]
@@ -140,6 +140,11 @@ class CaptionDataset(ImageDataset):
             image = self.image(index)
             item["image"] = augment_image(image, self.crop_size, rng) if self.crop_size else image
         return item
+
+
+def fill_prompt(template: str, question: str) -> str:
+    """The question at the `{}` of a template such as `Question: {} Answer:`; alone where there is no template."""
+    return template.replace("{}", question) if template else question
 
 
 def keep_encoded(rows: datasets.Dataset, image_column: str) -> datasets.Dataset:

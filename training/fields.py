@@ -181,8 +181,8 @@ class Stage2Arguments(PretrainingArguments):
         found = super().problems()
         if self.qformer_text_input and not self.init_from:
             found.append("--qformer_text_input is true, but there is no --init_from whose Q-Former can read. Give one.")
-        if self.prompt and self.prompt_column:
-            found.append("--prompt and --prompt_column are both given. Drop one.")
+        if self.prompt_column and self.prompt and "{}" not in self.prompt:
+            found.append(f"--prompt is {self.prompt!r}, but needs {{}} where the text of --prompt_column goes.")
         return found
 
 
