@@ -9,7 +9,6 @@ import torch
 import trim_bert
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from data import BatchOrder, CaptionDataset, load_rows
-from features import load_features
 from optim import build_optimizer, learning_rate_at
 from PIL import Image
 from pretrain_stage1 import hardness_at
@@ -201,16 +200,6 @@ def test_no_weight_decay_on_vectors():
     )
     for group in optimizer.param_groups:
         assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
-
-
-def test_a_cache_of_other_weights_is_refused(tmp_path):
-    np.save(tmp_path / "train.npy", np.zeros((2, 3, 4), np.float16))
-    (tmp_path / "train.json").write_text(json.dumps({"weights": "abc", "images": "x"}))
-    assert load_features(str(tmp_path), "train", {"weights": "abc"}).shape == (2, 3, 4)
-    with pytest.raises(ValueError, match="weights: cache 'abc', now 'def'"):
-        load_features(str(tmp_path), "train", {"weights": "def"})
-    with pytest.raises(ValueError, match="no whole cache of split 'validation'"):
-        load_features(str(tmp_path), "validation", {})
 
 
 def test_negatives_become_hard_over_the_given_steps():

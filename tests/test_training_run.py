@@ -1,16 +1,14 @@
-"""The scripts themselves, on twenty generated images: both stages, resuming, faults, LoRA, feature cache."""
+"""The scripts themselves, on twenty generated images: both stages, resuming, faults, LoRA."""
 
 import json
 import shutil
 from pathlib import Path
 
-import cache_features
-import numpy as np
 import pretrain_stage1
 import pretrain_stage2
 import pytest
 import torch
-from data import CaptionDataset, load_rows
+from data import load_rows
 from loop import stop_unless_finite
 from safetensors.torch import load_file
 from tiny import image
@@ -281,69 +279,6 @@ def test_lora_by_one_argument(parts, tmp_path):
     assert AutoProcessor.from_pretrained(out / "merged").image_token_id == merged.config.image_token_index
     model.disable_adapters()
     assert not torch.allclose(with_adapter, model(**batch).logits)
-
-
-def test_cached_features_give_the_same_losses(parts, tmp_path):
-    cache = tmp_path / "cache"
-    cache_features.main(
-        [
-            "--dataset",
-            str(parts / "data"),
-            "--vision_model",
-            str(parts / "tower"),
-            "--output_dir",
-            str(cache),
-            "--dtype",
-            "float32",
-            "--batch_size",
-            "7",
-        ]
-    )
-    flags = ["--max_steps", "3", "--no_augment", "--eval_split", "validation"]
-    plain = stage1(parts, tmp_path / "plain", *flags)
-    cached = stage1(parts, tmp_path / "cached", *flags, "--feature_cache", str(cache))
-    for one, other in zip(plain, cached):
-        assert one["step"] == other["step"]
-        assert all(one[name] == pytest.approx(other[name], abs=1e-3) for name in one if "loss" in name)
-    make_vision_model(tmp_path / "other", "vit")
-    with pytest.raises(ValueError, match="does not belong to this run .*weights"):
-        stage1(
-            parts,
-            tmp_path / "refused",
-            *flags,
-            "--feature_cache",
-            str(cache),
-            "--vision_model",
-            str(tmp_path / "other"),
-        )
-
-
-def test_cached_views_are_crops_and_flips_drawn_each_visit(parts, tmp_path):
-    common = ["--dataset", str(parts / "data"), "--vision_model", str(parts / "tower"), "--dtype", "float32"]
-    cache_features.main([*common, "--output_dir", str(tmp_path / "plain")])
-    cache_features.main([*common, "--output_dir", str(tmp_path / "views"), "--views", "3"])
-    plain, views = (np.load(tmp_path / name / "train.npy") for name in ("plain", "views"))
-    assert views.shape == (len(plain), 3, *plain.shape[1:])
-    assert np.allclose(views[:, 0], plain, atol=1e-5)
-    assert not np.allclose(views[:, 1], plain, atol=1e-3) and not np.allclose(views[:, 1], views[:, 2], atol=1e-3)
-    assert np.load(tmp_path / "views" / "validation.npy").ndim == 3
-
-    rows = load_rows(str(parts / "data"), "train")
-    for draw_text, drawn in ((True, {0, 1, 2}), (False, {0})):
-        data = CaptionDataset(rows, image_column="image", text_column="captions", draw_text=draw_text)
-        data.use_features(views)
-        seen = [data[epoch, 0]["vision_embeds"].numpy() for epoch in range(20)]
-        assert {int(np.abs(views[0] - one).sum((1, 2)).argmin()) for one in seen} == drawn
-    flags = [
-        "--max_steps",
-        "2",
-        "--no_augment",
-        "--eval_split",
-        "validation",
-        "--feature_cache",
-        str(tmp_path / "views"),
-    ]
-    assert stage1(parts, tmp_path / "out", *flags)[0]["loss_itc"] > 0
 
 
 def test_json_file_as_dataset(parts, tmp_path):

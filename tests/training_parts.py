@@ -49,3 +49,26 @@ def make_language_model(folder: Path, name: str) -> Path:
     kind.from_config(config).save_pretrained(folder)
     llm_tokenizer(bos=not config.is_encoder_decoder).save_pretrained(folder)
     return folder
+
+
+def run_stage1(dataset: Path, tower: Path, out: Path, *flags: str) -> list[dict]:
+    """Stage 1 with a tiny Q-Former over such a folder, by the script; returns the lines of metrics.jsonl."""
+    import pretrain_stage1
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    fields = {
+        "dataset": dataset,
+        "vision_model": tower,
+        "output_dir": out,
+        "text_column": "captions",
+        "qformer_config": json.dumps(sizes | {"max_position_embeddings": 64}),
+        "num_query_tokens": 4,
+        "image_text_hidden_size": 16,
+        "min_word_count": 1,
+        "per_device_train_batch_size": 4,
+        "warmup_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+    }
+    pretrain_stage1.main([f"--{name}={value}" for name, value in fields.items()] + list(flags))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

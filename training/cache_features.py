@@ -3,17 +3,25 @@
     python training/cache_features.py --dataset DIR --vision_model DIR --output_dir CACHE
     python training/pretrain_stage1.py ... --feature_cache CACHE --augment false
 
-Writes SPLIT.npy, (rows, N, D) float16 or float32, read back by memory map, and SPLIT.json with a fingerprint of the
-tower's weights, the preprocessing and the images: training refuses a cache that does not match. Features are those before
-the trained LayerNorm. With --views V the first split holds (rows, V, N, D): the plain image, then V - 1 training crops and
-flips of it; each visit in training draws one view.
+Each split becomes shards that are read back by memory map, and SPLIT.json with a fingerprint of the tower's weights, the
+preprocessing and the images: training refuses a cache that does not match. Features are those before the trained
+LayerNorm. With --views V the first split holds V views of each image: the plain one, then V - 1 training crops and flips;
+each visit in training draws one view. Size and free disk are compared before anything is written. A shard appears whole or
+not at all, and the same command continues a run that was stopped with the shards that are missing.
+
+Features are kept in float16 unless told otherwise: as large as bfloat16 with three bits more of precision, and the LayerNorm
+that reads them computes in float32. A tower whose features exceed float16's 65504 is named in an error.
 """
 
+import glob
 import json
+import math
 import os
 import random
+import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +29,17 @@ import torch
 from args import parse_arguments
 from collators import collate_images
 from data import ImageDataset, load_rows
-from features import rows_fingerprint, tower_fingerprint
+from features import STORED, CacheLayout, differences, images_fingerprint, to_stored, tower_fingerprint
 from fields import doc
 from inputs import load_image_processor, output_size
+from PIL import Image
 from tqdm import tqdm
 from transforms import augment_image
 
 from modeling_blip2x.building_blip2x import load_vision_model
 from modeling_blip2x.vision_blip2x import vision_features
+
+SHARD_BYTES = 10**9  # of a shard where no number of rows is given: what a run that is stopped loses at most
 
 
 @dataclass
@@ -44,8 +55,11 @@ class CacheArguments:
     image_column: str = doc("image", "As in training.")
     vision_feature_layer: int = doc(-1, "As in training.")
     image_size: int | None = doc(None, "As in training.")
-    batch_size: int = doc(32, "Images in one forward.")
-    dtype: str = doc("float16", "float16 or float32: how features are stored.")
+    batch_size: int = doc(32, "Images in one forward, whose views go one after another.")
+    dataloader_num_workers: int = doc(0, "Processes that read and crop images; 0 does so in the main one.")
+    dtype: str = doc("float16", "float16, bfloat16 or float32: how features are stored.")
+    shard_size: int | None = doc(None, "Rows in one file at most; null: as many as take 1 GB.")
+    overwrite_output_dir: bool = doc(False, "Replace a cache of something else in output_dir.")
 
     def problems(self) -> list[str]:
         found = [
@@ -53,62 +67,169 @@ class CacheArguments:
             for name in ("dataset", "output_dir", "vision_model")
             if not getattr(self, name)
         ]
-        if self.dtype not in ("float16", "float32"):
-            found.append(f"--dtype is {self.dtype!r}; choose float16 or float32.")
-        for name in ("batch_size", "views"):
-            if getattr(self, name) < 1:
-                found.append(f"--{name} is {getattr(self, name)}, but must be at least 1.")
+        if self.dtype not in STORED:
+            found.append(f"--dtype is {self.dtype!r}; choose from {', '.join(STORED)}.")
+        for name in ("batch_size", "views", "shard_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"--{name} is {value}, but must be at least 1.")
+        if self.dataloader_num_workers < 0:
+            found.append(f"--dataloader_num_workers is {self.dataloader_num_workers}, but must be 0 or more.")
         return found
 
 
+@dataclass
+class Split:
+    """One split to encode: its images and how their features will lie on disk."""
+
+    name: str
+    images: ImageDataset
+    layout: CacheLayout
+    description: dict
+    missing: list[int] = field(default_factory=list)  # shards that no earlier run wrote
+
+
+class Views(torch.utils.data.Dataset):
+    """Pixels (V, 3, H, W) of the views of a row, or None where its image cannot be read."""
+
+    def __init__(self, images: ImageDataset, image_processor, views: int, seed: int):
+        self.images, self.image_processor, self.views, self.seed = images, image_processor, views, seed
+        self.size = output_size(image_processor)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor | None, str]:
+        try:
+            image = self.images.image(row)
+        except ValueError as error:
+            return None, str(error)
+        draws = [random.Random(f"{self.seed}-{view}-{row}") for view in range(1, self.views)]
+        crops = [{"image": augment_image(image, self.size, draw)} for draw in draws]
+        pixels = [collate_images([{"image": image}], self.image_processor, cropped=False)["pixel_values"]]
+        if crops:
+            pixels.append(collate_images(crops, self.image_processor, cropped=True)["pixel_values"])
+        return torch.cat(pixels), ""
+
+    def batches(self, rows: range, batch_size: int, num_workers: int) -> Iterator[list]:
+        order = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        return iter(torch.utils.data.DataLoader(self, batch_sampler=order, collate_fn=list, num_workers=num_workers))
+
+
 @torch.no_grad()
-def write_features(
-    dataset: ImageDataset,
-    tower: torch.nn.Module,
-    image_processor,
-    feature_layer: int,
-    path: Path,
-    batch_size: int,
-    dtype: str,
-    views: int,
-    seed: int,
-) -> tuple[int, ...]:
-    """Write (rows, N, D) features, or (rows, views, N, D) where there are several, to `path`; returns their shape."""
+def write_shard(
+    split: Split, shard: int, views: Views, tower: torch.nn.Module, feature_layer: int, folder: Path, loading: dict
+) -> list[str]:
+    """Write one file of features; returns what was wrong with images that cannot be read, whose features are NaN."""
     device = next(tower.parameters()).device
-    size = output_size(image_processor)
-    features = None
-    temporary = path.with_suffix(".npy.tmp")
-    for start in tqdm(range(0, len(dataset), batch_size), desc=path.stem):
-        rows = range(start, min(start + batch_size, len(dataset)))
-        images = [dataset.image(row) for row in rows]
-        for view in range(views):
-            shown, cropped = images, view > 0
-            if cropped:
-                draws = [random.Random(f"{seed}-{view}-{row}") for row in rows]
-                shown = [augment_image(image, size, rng) for image, rng in zip(images, draws, strict=True)]
-            pixels = collate_images([{"image": image} for image in shown], image_processor, cropped)["pixel_values"]
+    layout, rows = split.layout, split.layout.rows(shard)
+    path = layout.path(folder, split.name, shard)
+    temporary = path.with_name(f"{path.name}.tmp")
+    shape = (len(rows), *layout.shape[1:])
+    features = np.lib.format.open_memmap(temporary, mode="w+", dtype=STORED[layout.dtype], shape=shape)
+    faults, done = [], 0
+    for batch in tqdm(views.batches(rows, **loading), f"{path.name}", math.ceil(len(rows) / loading["batch_size"])):
+        faults += [fault for pixels, fault in batch if pixels is None]
+        readable = [number for number, (pixels, _) in enumerate(batch) if pixels is not None]
+        encoded = torch.full((len(batch), *layout.shape[1:]), torch.nan)
+        for view in range(views.views) if readable else ():
+            pixels = torch.stack([batch[number][0][view] for number in readable])
             pixels = pixels.to(device, memory_format=torch.channels_last)  # 1.6 times as fast for a CNN on a CPU
-            batch = vision_features(tower, pixels, feature_layer)[0].cpu().numpy().astype(dtype)
-            if not np.isfinite(batch).all():
-                raise ValueError(
-                    f"Features of rows {start} to {rows[-1]} are not finite in {dtype}. Pass --dtype float32."
-                )
-            if features is None:
-                shape = (len(dataset), views, *batch.shape[1:])
-                features = np.lib.format.open_memmap(
-                    temporary, mode="w+", dtype=dtype, shape=shape if views > 1 else (len(dataset), *batch.shape[1:])
-                )
-                by_view = features.reshape(shape)  # a view of the file, not a copy
-            by_view[start : start + len(batch), view] = batch
+            encoded[readable, view] = vision_features(tower, pixels, feature_layer).last_hidden_state.cpu().float()
+        kept = encoded[readable].to(getattr(torch, layout.dtype))
+        if not kept.isfinite().all():
+            raise ValueError(
+                f"Features of split {split.name!r}, rows {rows[done]} to {rows[done + len(batch) - 1]} are not finite in "
+                f"{layout.dtype}; their largest is {encoded[readable].abs().max():.4g}. Pass --dtype bfloat16 or float32."
+            )
+        features[done : done + len(batch)] = to_stored(encoded, layout.dtype)
+        done += len(batch)
     features.flush()
     os.replace(temporary, path)
-    return features.shape
+    return faults
+
+
+def feature_shape(tower: torch.nn.Module, image_processor, feature_layer: int) -> tuple[int, int]:
+    """(N, D) of the features of an image."""
+    height, width = output_size(image_processor)
+    pixels = image_processor(images=[Image.new("RGB", (width, height))], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = vision_features(tower, pixels.to(next(tower.parameters()).device), feature_layer)
+    return tuple(features.last_hidden_state.shape[1:])
+
+
+def plan_split(args: CacheArguments, name: str, views: int, shape: tuple[int, int], fingerprint: dict) -> Split:
+    """What to write of a split, with nothing written yet.
+
+    Raises ValueError if the folder holds another cache of it, unless that is to be overwritten.
+    """
+    folder = Path(args.dataset).parent if Path(args.dataset).is_file() else None
+    images = ImageDataset(load_rows(args.dataset, name), args.image_column, folder)
+    whole = CacheLayout((len(images), views, *shape), args.dtype, 1)
+    shard_size = args.shard_size or max(1, SHARD_BYTES // whole.num_bytes([0]))
+    layout = CacheLayout(whole.shape, args.dtype, shard_size)
+    description = fingerprint | {"images": images_fingerprint(images), "shape": list(layout.shape), "dtype": args.dtype}
+    description |= {"shard_size": shard_size, "seed": args.seed if views > 1 else None}
+    split = Split(name, images, layout, description)
+    before = read_description(Path(args.output_dir), name)
+    differs = before and differences(before, description)
+    if differs and not args.overwrite_output_dir:
+        raise ValueError(
+            f"{args.output_dir} holds another cache of split {name!r} ({differs}). Choose another --output_dir, or pass "
+            "--overwrite_output_dir to replace it."
+        )
+    continues = before and not differs
+    split.missing = [
+        shard
+        for shard in range(layout.num_shards)
+        if not (continues and layout.path(Path(args.output_dir), name, shard).exists())
+    ]
+    return split
+
+
+def read_description(folder: Path, split: str) -> dict | None:
+    """Of a cache that is whole, or of one that was begun."""
+    for name in (f"{split}.json", f"{split}.json.begun"):
+        if (folder / name).exists():
+            return json.loads((folder / name).read_text(encoding="utf-8"))
+    return None
+
+
+def check_disk(splits: list[Split], folder: Path) -> None:
+    """Print what will be written; raise ValueError where the disk has no room for it."""
+    free = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+    needed = sum(split.layout.num_bytes(split.missing) for split in splits)
+    for split in splits:
+        rows, views, positions, width = split.layout.shape
+        print(
+            f"{split.name}: {rows} images x {views} view(s) x {positions} x {width} {split.layout.dtype}, "
+            f"{gigabytes(split.layout.num_bytes())}, {split.layout.num_shards} shard(s) of which "
+            f"{split.layout.num_shards - len(split.missing)} are there"
+        )
+    print(f"To write: {gigabytes(needed)}. Free in {folder}: {gigabytes(free)}.")
+    if needed > free:
+        raise ValueError(
+            f"The features take {gigabytes(needed)}, but {folder} has {gigabytes(free)} free. Make room, choose "
+            "another --output_dir, or lower --views."
+        )
+
+
+def gigabytes(count: int) -> str:
+    return f"{count / 1e9:.3f} GB" if count >= 10**7 else f"{count} bytes"
+
+
+def begin(split: Split, folder: Path) -> None:
+    """Say what the shards to come are; remove those of a cache that is replaced."""
+    if len(split.missing) == split.layout.num_shards:
+        for path in folder.glob(f"{glob.escape(split.name)}-*-of-*.npy*"):
+            path.unlink()
+    begun = folder / f"{split.name}.json.begun"
+    temporary = begun.with_suffix(".tmp")
+    temporary.write_text(json.dumps(split.description), encoding="utf-8")
+    os.replace(temporary, begun)
+    (folder / f"{split.name}.json").unlink(missing_ok=True)  # a cache without its description is not whole
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(CacheArguments, sys.argv[1:] if argv is None else argv)
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     image_processor = load_image_processor(args.vision_model, args.image_size)
     tower = (
         load_vision_model(args.vision_model)
@@ -116,28 +237,25 @@ def main(argv: list[str] | None = None) -> None:
         .to("cuda" if torch.cuda.is_available() else "cpu", memory_format=torch.channels_last)
     )
     fingerprint = tower_fingerprint(tower, args.vision_feature_layer, image_processor)
-    folder = Path(args.dataset).parent if Path(args.dataset).is_file() else None
-    for split in args.splits:
-        rows = load_rows(args.dataset, split)
-        dataset = ImageDataset(rows, args.image_column, folder)
-        described = output_dir / f"{split}.json"
-        described.unlink(missing_ok=True)  # a cache without its description is not whole
-        shape = write_features(
-            dataset,
-            tower,
-            image_processor,
-            args.vision_feature_layer,
-            output_dir / f"{split}.npy",
-            args.batch_size,
-            args.dtype,
-            args.views if split == args.splits[0] else 1,
-            args.seed,
-        )
-        images = rows_fingerprint(rows, args.image_column)
-        described.write_text(
-            json.dumps({**fingerprint, "images": images, "shape": shape, "dtype": args.dtype}), encoding="utf-8"
-        )
-        print(f"{output_dir / split}.npy: {shape} {args.dtype}")
+    shape = feature_shape(tower, image_processor, args.vision_feature_layer)
+    splits = [
+        plan_split(args, name, 1 if number else args.views, shape, fingerprint)
+        for number, name in enumerate(args.splits)
+    ]
+    check_disk(splits, output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    loading = {"batch_size": args.batch_size, "num_workers": args.dataloader_num_workers}
+    for split in splits:
+        views = Views(split.images, image_processor, split.layout.shape[1], args.seed)
+        if split.missing:
+            begin(split, output_dir)
+        for shard in split.missing:
+            faults = write_shard(split, shard, views, tower, args.vision_feature_layer, output_dir, loading)
+            for fault in faults:
+                print(f"{split.name}: {fault}", file=sys.stderr)
+        if split.missing or not (output_dir / f"{split.name}.json").exists():
+            os.replace(output_dir / f"{split.name}.json.begun", output_dir / f"{split.name}.json")
+        print(f"{output_dir / split.name}.json: whole")
 
 
 if __name__ == "__main__":

@@ -109,10 +109,10 @@ class CaptionDataset(ImageDataset):
         self.prompts = read_prompts(rows, prompt_column, self.texts) if prompt_column else None
         self.prompt, self.seed, self.crop_size, self.draw_text, self.features = prompt, seed, crop_size, draw_text, None
 
-    def use_features(self, features: np.ndarray) -> None:
-        """Give out rows of `features` (rows, N, D), from a feature cache, in place of images.
+    def use_features(self, features) -> None:
+        """Give out rows of a `features.FeatureCache` in place of images.
 
-        Of several views, (rows, V, N, D), each visit draws one where it draws a text too, else it takes the first.
+        Of several views each visit draws one where it draws a text too, else it takes the first.
         """
         if len(features) != len(self):
             raise ValueError(
@@ -132,10 +132,8 @@ class CaptionDataset(ImageDataset):
             "prompt": fill_prompt(self.prompt, self.prompts[index][choice]) if self.prompts else self.prompt,
         }
         if self.features is not None:
-            features = self.features[index]
-            if features.ndim == 3:
-                features = features[rng.randrange(len(features)) if self.draw_text else 0]
-            item["vision_embeds"] = torch.from_numpy(features.astype(np.float32))
+            view = rng.randrange(self.features.views) if self.draw_text else 0
+            item["vision_embeds"] = self.features.read(index, view)
         else:
             image = self.image(index)
             item["image"] = augment_image(image, self.crop_size, rng) if self.crop_size else image
