@@ -16,18 +16,36 @@ def doc(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+def looks_like_path(value: str) -> bool:
+    """And not like a hub id, which has one slash at most."""
+    return value[0] in "./~" or value.count("/") > 1
+
+
 @dataclass
 class PretrainingArguments:
     """What both stages need."""
 
     output_dir: str | None = doc(None, "Folder of the run. Its root becomes a complete checkpoint. Required.")
-    dataset: str | None = doc(
-        None, "Hub id, folder (imagefolder with metadata.jsonl, parquet) or JSON / JSONL file. Required."
+    dataset: list[str] = doc(
+        [],
+        "Hub id, folder (imagefolder with metadata.jsonl, parquet, webdataset tars), tars by a pattern, or JSON (COCO "
+        "captions, Karpathy, QUESTIONS,ANNOTATIONS of VQAv2, LAVIS and plain lists). One or more of them. Required.",
+    )
+    dataset_weights: list[float] | None = doc(
+        None, "How often each data set is visited, such as 3 1; null: as often as it is large."
     )
     train_split: str = doc("train", "Split to train on; slices such as 'train[:1000]' work.")
     eval_split: str | None = doc(None, "Split to validate on every eval_steps and at the end; null for none.")
-    image_column: str = doc("image", "Column with the image: an image, or a path relative to the JSON file.")
-    text_column: str = doc("text", "Column with the caption, or with a list of them, of which each visit draws one.")
+    image_folder: str | None = doc(None, "Where relative paths of images in JSON files start; null: at the JSON file.")
+    image_column: str = doc("image", "Column with the image: an image, or a path.")
+    text_column: str | None = doc(
+        None,
+        "Column with the text, or with a list of them, of which each visit draws one; null takes the first of text, "
+        "caption, captions, text_output, answer, answers.",
+    )
+    max_skip_fraction: float = doc(
+        0.01, "Bad rows are skipped and listed in skipped.jsonl; a larger share stops the run."
+    )
     clean_captions: bool = doc(True, 'Lower-case and strip . ! " ( ) * # : ; ~ as published; at most 50 words.')
     max_text_length: int = doc(32, "Longest text in tokens; longer ones are cut.")
     augment: bool = doc(True, "RandomResizedCrop(0.5, 1, bicubic) and horizontal flip of training images.")
@@ -103,9 +121,30 @@ class PretrainingArguments:
             for name in self.required()
             if not getattr(self, name)
         ]
-        for name in ("dataset", "vision_model", "qformer_init", "qformer_tokenizer", "init_from", "language_model"):
+        for dataset in self.dataset:
+            pattern = any(character in dataset for character in "*?{") or ".json," in dataset
+            if looks_like_path(dataset) and not pattern and not Path(dataset).exists():
+                found.append(
+                    f"--dataset is {dataset}: there is no such file or folder. Check the path, or give a hub id."
+                )
+        if self.dataset_weights and len(self.dataset_weights) != len(self.dataset):
+            found.append(
+                f"--dataset_weights has {len(self.dataset_weights)} weights for {len(self.dataset)} data sets. Give one each."
+            )
+        if any(weight <= 0 for weight in self.dataset_weights or ()):
+            found.append(f"--dataset_weights is {self.dataset_weights}, but all must be above 0. Leave a data set out.")
+        if self.feature_cache and len(self.dataset) > 1:
+            found.append("--feature_cache is of one data set, but --dataset names several. Drop one.")
+        for name in (
+            "image_folder",
+            "vision_model",
+            "qformer_init",
+            "qformer_tokenizer",
+            "init_from",
+            "language_model",
+        ):
             value = getattr(self, name, None)
-            if value and (value[0] in "./~" or value.count("/") > 1) and not Path(value).exists():
+            if value and looks_like_path(value) and not Path(value).exists():
                 found.append(f"--{name} is {value}: there is no such folder. Check the path, or give a hub id.")
         for name, (low, high) in RANGES.items():
             value = getattr(self, name, None)
@@ -253,6 +292,7 @@ def unknown_objectives(objectives: list[str]) -> list[str]:
 BIG = float("inf")
 TINY = 1e-12
 RANGES = {  # field: smallest and largest value
+    "max_skip_fraction": (0, 1),
     "max_text_length": (2, BIG),
     "image_size": (1, BIG),
     "num_query_tokens": (1, BIG),
