@@ -173,11 +173,14 @@ def test_imagefolder_with_mixed_types_and_parquet(tmp_path):
     data = captions_of(str(folder))
     assert data.texts[1] == ["one text"] and [report["row"] for report in data.left_out] == [2]
 
+    (tmp_path / "untyped").mkdir()
     images = [{"bytes": path.read_bytes(), "path": "same_name.png"} for path in sorted(folder.glob("train/*.png"))]
     columns = {"image": [*images, images[0]], "caption": ["red", "green", "yes", "no", "red"]}
     table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
     table.to_parquet(str(tmp_path / "rows.parquet"))
-    for name in ("rows.parquet", "*.parquet"):
+    pandas = datasets.Dataset.from_dict(columns)  # without datasets' note that the bytes are an image
+    pandas.to_parquet(str(tmp_path / "untyped" / "rows.parquet"))
+    for name in ("rows.parquet", "*.parquet", "untyped"):
         data = captions_of(str(tmp_path / name))
         assert data.image_ids == [0, 1, 2, 3, 0], "images are told apart by their bytes, not by the name"
         assert data.image(0).size == (48, 40)

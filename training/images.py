@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,9 +26,15 @@ class BadRow(ValueError):
 
 def keep_encoded(rows: datasets.Dataset | Rows, image_column: str) -> datasets.Dataset | Rows:
     """Keep images as bytes or path, so that scanning rows decodes nothing and errors can name the file."""
-    if isinstance(rows, datasets.Dataset) and isinstance(rows.features[image_column], datasets.Image):
-        return rows.cast_column(image_column, datasets.Image(decode=False))
-    return rows
+    if not isinstance(rows, datasets.Dataset):
+        return rows
+    kind = rows.features[image_column]
+    untyped = isinstance(kind, dict) and kind.keys() == {"bytes", "path"}  # parquet that pandas or others wrote
+    return (
+        rows.cast_column(image_column, datasets.Image(decode=False))
+        if untyped or isinstance(kind, datasets.Image)
+        else rows
+    )
 
 
 def image_source(value: dict | str | None, folder: Path | None) -> tuple[io.BytesIO | Path, str]:
@@ -48,7 +55,7 @@ def image_name(value: dict | str | None, folder: Path | None) -> str:
     if not isinstance(path, str) or not path:
         return "embedded bytes" if isinstance(value, dict) and value.get("bytes") else NO_NAME
     inside = isinstance(value, dict) and ("tar" in value or value.get("bytes"))
-    return path if inside or folder is None else str(folder / path)  # an absolute path stays
+    return path if inside else os.path.normpath(os.path.join(folder or "", path))  # an absolute path stays
 
 
 def image_mark(value: dict | str | None, folder: Path | None) -> bytes:
@@ -98,17 +105,16 @@ def image_keys(images: datasets.Dataset | Rows, column: str, folder: Path | None
     from several folders repeat in parquet.
     """
     embedded = isinstance(images, datasets.Dataset) and isinstance(images.features[column], datasets.Image)
+    there = {}  # many rows may show one file
     for value, key in embedded_images(images, column) if embedded else ((row[column], None) for row in images):
-        try:
-            if key is None and isinstance(value, dict) and "tar" in value:
-                key = value["path"]
-            if key is None:
-                source, key = image_source(value, folder)
-                if isinstance(source, Path) and not source.exists():
-                    raise BadRow("the file is missing")
-            yield key
-        except BadRow as error:
-            yield error
+        name = key or image_name(value, folder)
+        inside = key is not None or (isinstance(value, dict) and ("tar" in value or value.get("bytes")))
+        if not inside and name not in there:
+            there[name] = name != NO_NAME and os.path.exists(name)
+        if inside or there[name]:
+            yield name
+        else:
+            yield BadRow("no image" if name == NO_NAME else "the file is missing")
 
 
 def embedded_images(images: datasets.Dataset, column: str) -> Iterator[tuple[dict, str | None]]:
