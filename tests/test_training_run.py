@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import cache_features
+import caption_language
 import numpy as np
 import pretrain_stage1
 import pretrain_stage2
@@ -15,7 +16,13 @@ from loop import stop_unless_finite
 from safetensors.torch import load_file
 from tiny import image
 from training_parts import make_image_folder, make_language_model, make_vision_model
-from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from modeling_blip2x.pretraining_blip2x import Blip2xForPreTrainingOutput
 
@@ -344,6 +351,19 @@ def test_cached_views_are_crops_and_flips_drawn_each_visit(parts, tmp_path):
         str(tmp_path / "views"),
     ]
     assert stage1(parts, tmp_path / "out", *flags)[0]["loss_itc"] > 0
+
+
+def test_language_model_of_captions_alone_serves_stage2(parts, tmp_path, capsys):
+    flags = ["--vocab_size", "300", "--hidden_size", "48", "--num_hidden_layers", "1", "--num_train_epochs", "4"]
+    data = ["--dataset", str(parts / "data"), "--text_column", "captions", "--eval_split", "validation"]
+    caption_language.main([*data, *flags, "--output_dir", str(tmp_path / "llm"), "--per_device_train_batch_size", "4"])
+    assert "perplexity" in capsys.readouterr().out
+    model, tokenizer = (kind.from_pretrained(tmp_path / "llm") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer("a red square on the left", return_tensors="pt")
+    assert ids["input_ids"][0, 0] == tokenizer.bos_token_id
+    assert model(**ids, labels=ids["input_ids"]).loss < 3  # of log(300) = 5.7 at the start
+    shutil.copytree(tmp_path / "llm", parts / "captions_llm", dirs_exist_ok=True)
+    assert stage2(parts, tmp_path / "out", "captions_llm", "--max_steps", "1")[0]["loss"] > 0
 
 
 def test_json_file_as_dataset(parts, tmp_path):
