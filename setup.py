@@ -19,7 +19,8 @@ CORE = [
 TRAIN = ["accelerate>=1.15.0", "datasets>=5.2.0", "peft>=0.21.2", "pyyaml>=6.0", "tqdm>=4.67.0", "matplotlib>=3.10.0"]
 EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0"]
 SPACE = ["gradio>=6.31.0"]
-TEST = [*TRAIN, *EVAL, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]
+QUANTIZE = ["bitsandbytes>=0.50.0"]  # 4- and 8-bit language models
+TEST = [*TRAIN, *EVAL, *QUANTIZE, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]
 
 setup(
     name="blip2x",
@@ -31,6 +32,6 @@ setup(
     python_requires=">=3.10",
     packages=["modeling_blip2x"],
     install_requires=CORE,
-    extras_require={"train": TRAIN, "eval": EVAL, "space": SPACE, "test": TEST},
+    extras_require={"train": TRAIN, "eval": EVAL, "space": SPACE, "quantize": QUANTIZE, "test": TEST},
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

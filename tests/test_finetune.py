@@ -122,6 +122,25 @@ def test_instruct_from_stage1_with_lora(parts, tmp_path):
     assert (tmp_path / "out" / "adapter_config.json").exists()
 
 
+def test_qlora(parts, tmp_path):
+    """The checkpoint of a language model in 4 bits loads by itself and answers as the run's last weights do."""
+    pytest.importorskip("bitsandbytes")
+    llm = parts / "opt64"
+    if not llm.exists():
+        make_language_model(llm, "opt", hidden_size=64, word_embed_proj_dim=64)
+    flags = ["--language_model", str(llm), "--lora", "lm", "--load_in_4bit", "true"]
+    tune(parts, tmp_path / "out", "vqa", "stage1", *flags)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    layer = model.language_model.model.decoder.layers[0].fc1
+    assert type(layer.base_layer).__name__ == "Linear4bit"
+    saved = load_file(tmp_path / "out" / "checkpoints" / "step_2" / "trained.safetensors")
+    loaded = dict(model.named_parameters())
+    assert any("lora_B" in name and tensor.any() for name, tensor in saved.items())
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+    inputs = AutoProcessor.from_pretrained(tmp_path / "out")(images=image(), text="a", return_tensors="pt")
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
 @pytest.mark.parametrize(
     "task, start, flags, message",
     [

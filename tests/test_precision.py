@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from tiny import TOWERS, batch, prompt, stage1, stage2
-from transformers import AutoModelForImageTextToText
+from tiny import TOWERS, batch, config, prompt, stage1, stage2
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+from modeling_blip2x import Blip2xForConditionalGeneration
 
 SIZES = [(42, 42), (28, 56)]
 INTERPOLATES = [tower for tower in TOWERS if tower != "mobilenet"]  # a CNN takes any size as it is
@@ -73,15 +75,24 @@ def test_a_wrong_size_without_interpolation_is_an_error():
         model(**prompt(model) | {"pixel_values": torch.zeros(2, 3, 42, 42)})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="bitsandbytes needs a GPU")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_language_model(bits, tmp_path):
-    from transformers import BitsAndBytesConfig
-
-    stage2("opt").save_pretrained(tmp_path)
-    quantisation = BitsAndBytesConfig(
-        **{f"load_in_{bits}bit": True}, llm_int8_skip_modules=["model", "language_projection"]
-    )
-    model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=quantisation, device_map="cuda")
-    inputs = {name: tensor.cuda() for name, tensor in prompt(model).items()}
-    assert len(model.generate(**inputs, max_new_tokens=3)) == 2
+    """On a GPU where there is one; bitsandbytes computes on a CPU too."""
+    pytest.importorskip("bitsandbytes")
+    shape = config("clip", "opt")
+    shape.text_config.hidden_size = shape.text_config.word_embed_proj_dim = 64  # blocks of 4-bit numbers are of 64
+    torch.manual_seed(0)
+    plain = Blip2xForConditionalGeneration(shape).eval()
+    plain.save_pretrained(tmp_path)
+    skipped = ["model.vision_model", "model.qformer", "language_projection", "lm_head"]
+    quantisation = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=skipped)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=quantisation, device_map=device)
+    kinds = {type(module).__name__ for name, module in model.named_modules() if name.startswith("language_model.")}
+    assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
+    assert type(model.model.qformer.layers[0].attention.query) is torch.nn.Linear
+    inputs = prompt(model)
+    on_device = {name: tensor.to(device) for name, tensor in inputs.items()}
+    logits = torch.stack([plain(**inputs).logits.flatten(), model(**on_device).logits.float().cpu().flatten()])
+    assert torch.corrcoef(logits)[0, 1] > (0.9 if bits == 4 else 0.99)
+    assert len(model.generate(**on_device, max_new_tokens=3)) == 2

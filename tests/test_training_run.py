@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import caption_language
 import pretrain_stage1
 import pretrain_stage2
 import pytest
@@ -13,7 +14,13 @@ from safetensors.torch import load_file
 from sources import load_rows
 from tiny import image
 from training_parts import make_image_folder, make_language_model, make_vision_model
-from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from modeling_blip2x.pretraining_blip2x import Blip2xForPreTrainingOutput
 
@@ -279,6 +286,19 @@ def test_lora_by_one_argument(parts, tmp_path):
     assert AutoProcessor.from_pretrained(out / "merged").image_token_id == merged.config.image_token_index
     model.disable_adapters()
     assert not torch.allclose(with_adapter, model(**batch).logits)
+
+
+def test_language_model_of_captions_alone_serves_stage2(parts, tmp_path, capsys):
+    flags = ["--vocab_size", "300", "--hidden_size", "48", "--num_hidden_layers", "1", "--num_train_epochs", "4"]
+    data = ["--dataset", str(parts / "data"), "--text_column", "captions", "--eval_split", "validation"]
+    caption_language.main([*data, *flags, "--output_dir", str(tmp_path / "llm"), "--per_device_train_batch_size", "4"])
+    assert "perplexity" in capsys.readouterr().out
+    model, tokenizer = (kind.from_pretrained(tmp_path / "llm") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = tokenizer("a red square on the left", return_tensors="pt")
+    assert ids["input_ids"][0, 0] == tokenizer.bos_token_id
+    assert model(**ids, labels=ids["input_ids"]).loss < 3  # of log(300) = 5.7 at the start
+    shutil.copytree(tmp_path / "llm", parts / "captions_llm", dirs_exist_ok=True)
+    assert stage2(parts, tmp_path / "out", "captions_llm", "--max_steps", "1")[0]["loss"] > 0
 
 
 def test_json_file_as_dataset(parts, tmp_path):

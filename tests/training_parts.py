@@ -40,9 +40,12 @@ def make_vision_model(folder: Path, tower: str = "clip") -> Path:
     return folder
 
 
-def make_language_model(folder: Path, name: str) -> Path:
+def make_language_model(folder: Path, name: str, **changes: int) -> Path:
+    """changes: fields of the tiny config."""
     torch.manual_seed(0)
     config = copy.deepcopy(LANGUAGE_MODELS[name])
+    for field, value in changes.items():
+        setattr(config, field, value)
     if config.is_encoder_decoder:
         config.decoder_start_token_id = config.pad_token_id
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

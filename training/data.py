@@ -120,6 +120,11 @@ class CaptionDataset(ImageDataset):
         """All texts of each usable row."""
         return [[text for _, texts in turns for text in texts] for turns in self.turns]
 
+    @property
+    def references(self) -> list[list[str]]:
+        """Texts that answer the first question of each usable row, which is the one asked where nothing is drawn."""
+        return [turns[0][1] for turns in self.turns]
+
     def use_features(self, features) -> None:
         """Give out rows of a `features.FeatureCache` in place of images.
 
@@ -182,6 +187,7 @@ class JointDataset(torch.utils.data.Dataset):
         self.num_rows = sum(part.num_rows for part in parts)
         self.left_out = [report for part in parts for report in part.left_out]
         self.sources = {part.source for part in parts}
+        self.asks = parts[0].asks
 
     def __len__(self) -> int:
         return self.first_rows[-1]
@@ -189,6 +195,10 @@ class JointDataset(torch.utils.data.Dataset):
     @property
     def texts(self) -> list[list[str]]:
         return [texts for part in self.parts for texts in part.texts]
+
+    @property
+    def references(self) -> list[list[str]]:
+        return [texts for part in self.parts for texts in part.references]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
@@ -214,6 +224,15 @@ def read_turns(
         except BadRow as error:
             turns.append(error)
     return turns
+
+
+def read_captions(rows: datasets.Dataset | Rows, text_column: str | None, clean: bool) -> list[str]:
+    """All texts of the rows that have any."""
+    column = find_column(rows, text_column, TEXT_COLUMNS, "text_column")
+    usable = [turns for turns in read_turns(rows, column, None, clean) if not isinstance(turns, BadRow)]
+    if not usable:
+        raise ValueError(f"--text_column {column} holds no text. Name another.")
+    return [text for turns in usable for _, texts in turns for text in texts]
 
 
 def read_row(value, question, clean: bool, asks: bool) -> list[Turn]:

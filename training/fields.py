@@ -159,6 +159,10 @@ class PretrainingArguments:
             )
         if self.merge_lora and not self.lora:
             found.append("--merge_lora is true, but there is no --lora. Name a part, or leave it out.")
+        if self.merge_lora and getattr(self, "load_in_4bit", False):
+            found.append(
+                "--merge_lora and --load_in_4bit are both true. Merging into 4 bits loses the adapter: drop one."
+            )
         if self.min_learning_rate > self.learning_rate:
             found.append(
                 f"--min_learning_rate is {self.min_learning_rate}, above --learning_rate {self.learning_rate}. Lower "
@@ -204,6 +208,7 @@ class Stage2Arguments(PretrainingArguments):
 
     init_from: str | None = doc(None, "Stage-1 folder whose vision tower, Q-Former and queries are taken over.")
     language_model: str | None = doc(None, "Id or folder of the frozen LLM, decoder-only or encoder-decoder. Required.")
+    load_in_4bit: bool = doc(False, "The language model in 4 bits; with --lora lm this is QLoRA. Needs bitsandbytes.")
     prompt: str = doc("", "Text before each supervised text; it is not supervised itself.")
     prompt_column: str | None = doc(
         None, "Column with a prompt for the texts, or with one for each; null finds it where `prompt` has a {} for it."
@@ -240,6 +245,7 @@ class FinetuneArguments(PretrainingArguments):
     task: str | None = doc(None, f"One of {', '.join(TASKS)}. Required.")
     init_from: str | None = doc(None, "Checkpoint folder or id to tune: stage 2, or stage 1 for retrieval. Required.")
     language_model: str | None = doc(None, "Id or folder of the frozen LLM, where init_from is a stage-1 folder.")
+    load_in_4bit: bool = doc(False, "The language model in 4 bits; with --lora lm this is QLoRA. Needs bitsandbytes.")
     prompt: str | None = doc(
         None,
         "Text before the supervised one; {} stands for the question. null takes the task's; kept in the checkpoint.",

@@ -16,6 +16,7 @@ from fields import FinetuneArguments
 from inputs import load_image_processor, start_run
 from pretrain_stage1 import hardness_at
 from pretrain_stage2 import freeze_text_branch
+from quantize import four_bits, load_language_model_in_4bit, mark_as_quantized
 from run import already_finished, fit, load_splits, steps_of
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from validation import validate_image_text, validate_language
@@ -95,14 +96,19 @@ def load_language_side(args, image_processor) -> tuple[Blip2xForConditionalGener
                 f"--init_from {args.init_from} holds a stage-1 model. Pass --language_model, or a stage-2 folder."
             )
         reader = saved.tokenizer if args.qformer_text_input else None
+        language_model = args.language_model
+        if args.load_in_4bit:
+            language_model = load_language_model_in_4bit(args.language_model, args.bf16)
         tokenizer = AutoTokenizer.from_pretrained(args.language_model)
         processor = Blip2xProcessor(image_processor, tokenizer, reader, config.num_query_tokens)
         model = Blip2xForConditionalGeneration.from_stage1(
             args.init_from,
-            args.language_model,
+            language_model,
             image_token_index=processor.image_token_id,
             use_qformer_text_input=args.qformer_text_input,
         )
+        if args.load_in_4bit:
+            mark_as_quantized(model)
         return model, processor
     if args.language_model is not None:
         raise ValueError(
@@ -118,7 +124,8 @@ def load_language_side(args, image_processor) -> tuple[Blip2xForConditionalGener
         raise ValueError(
             f"The Q-Former of --init_from {args.init_from} reads the prompt. Pass --qformer_text_input true."
         )
-    model = Blip2xForConditionalGeneration.from_pretrained(args.init_from)
+    quantization = {"quantization_config": four_bits(args.bf16)} if args.load_in_4bit else {}
+    model = Blip2xForConditionalGeneration.from_pretrained(args.init_from, **quantization)
     return model, Blip2xProcessor(image_processor, saved.tokenizer, reader, config.num_query_tokens)
 
 

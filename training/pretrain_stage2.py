@@ -12,6 +12,7 @@ from args import parse_arguments
 from collators import language_collator
 from fields import Stage2Arguments
 from inputs import load_image_processor, read_stage1_config, start_run
+from quantize import load_language_model_in_4bit, mark_as_quantized
 from run import already_finished, fit, load_splits, steps_of
 from transformers import AutoProcessor, AutoTokenizer
 from validation import validate_language
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     model, processor = build_model(args, image_processor)
+    if args.load_in_4bit:
+        mark_as_quantized(model)
     model.config.prompt_template = args.prompt or None
     model.freeze_unimodal()
     if not args.qformer_text_input:
@@ -45,13 +48,16 @@ def main(argv: list[str] | None = None) -> None:
 def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForConditionalGeneration, Blip2xProcessor]:
     """From a stage-1 folder, or around a tower without stage 1; with the processor that fits."""
     tokenizer = AutoTokenizer.from_pretrained(args.language_model)
+    language_model = args.language_model
+    if args.load_in_4bit:
+        language_model = load_language_model_in_4bit(args.language_model, args.bf16)
     if args.init_from:
         num_query_tokens = read_stage1_config(args.init_from).num_query_tokens
         reader = AutoProcessor.from_pretrained(args.init_from).tokenizer if args.qformer_text_input else None
         processor = Blip2xProcessor(image_processor, tokenizer, reader, num_query_tokens)
         model = Blip2xForConditionalGeneration.from_stage1(
             args.init_from,
-            args.language_model,
+            language_model,
             image_token_index=processor.image_token_id,
             use_qformer_text_input=args.qformer_text_input,
         )
@@ -62,7 +68,7 @@ def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForCondit
     )
     model = Blip2xForConditionalGeneration.from_unimodal(
         args.vision_model,
-        args.language_model,
+        language_model,
         qformer,
         num_query_tokens=args.num_query_tokens,
         image_token_index=processor.image_token_id,

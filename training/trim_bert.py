@@ -14,10 +14,8 @@ from pathlib import Path
 
 import torch
 from args import parse_arguments
-from data import read_turns
+from data import read_captions
 from fields import doc
-from images import BadRow
-from rows import TEXT_COLUMNS, find_column
 from sources import load_rows
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
@@ -79,12 +77,7 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: list[int]) -> Pr
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(TrimArguments, sys.argv[1:] if argv is None else argv)
-    rows = load_rows(args.dataset, args.train_split)
-    column = find_column(rows, args.text_column, TEXT_COLUMNS, "text_column")
-    usable = [row for row in read_turns(rows, column, None, args.clean_captions) if not isinstance(row, BadRow)]
-    texts = [text for row in usable for _, answers in row for text in answers]
-    if not texts:
-        raise ValueError(f"--text_column {column} of {args.dataset} holds no text. Name another.")
+    texts = read_captions(load_rows(args.dataset, args.train_split), args.text_column, args.clean_captions)
     tokenizer = AutoTokenizer.from_pretrained(args.bert)
     model = AutoModel.from_pretrained(args.bert)
     if 2 * len(tokenizer) < model.config.vocab_size:
