@@ -126,6 +126,8 @@ class Blip2xConfig(PreTrainedConfig):
     vision_feature_layer: which hidden state of the tower is used; -1 is its output, -2 the layer before (CLIP ViT-L).
     vision_layer_norm_eps: epsilon of `ln_vision`, the trained LayerNorm on the image features.
     objectives: losses of stage 1 that are trained; the paper's three by default.
+    interpolate_pos_encoding: images are of another size than the tower was trained at, as in fine-tuning at 364 pixels:
+        its position embeddings are always interpolated.
     prompt_template: the template the model was tuned with, for example `Question: {} Answer:`; None for plain captions.
     """
 
@@ -146,6 +148,7 @@ class Blip2xConfig(PreTrainedConfig):
     image_token_index: int | None = None
     vision_feature_layer: int = -1
     vision_layer_norm_eps: float = 1e-5
+    interpolate_pos_encoding: bool = False
     prompt_template: str | None = None
     objectives: list[str] | tuple[str, ...] = ("itc", "itm", "itg")
     tie_word_embeddings: bool = False

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .configuration_blip2x import Blip2xConfig
 from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
 from .qformer_blip2x import KeyValues, QFormer, QueryTokens
-from .vision_blip2x import build_vision_tower, freeze_unused_parts, vision_features
+from .vision_blip2x import build_vision_tower, freeze_unused_parts, parameters_of_features, vision_features
 
 QUERY_STD = 0.02  # of the official implementation
 
@@ -55,6 +55,13 @@ class Blip2xPreTrainedModel(PreTrainedModel):
             part.requires_grad_(False)
             part.eval()
 
+    def unfreeze_vision(self) -> None:
+        """Let the vision tower train, but for parameters that its features do not depend on (fine-tuning)."""
+        tower = self.shared_model.vision_model
+        used = parameters_of_features(tower, self.config.vision_feature_layer)
+        for name, parameter in tower.named_parameters():
+            parameter.requires_grad_(name in used)
+
     def frozen_candidates(self) -> list[nn.Module]:
         """The unimodal models that BLIP-2 keeps frozen."""
         parts = [getattr(self, "language_model", None), self.shared_model.vision_model]
@@ -65,8 +72,12 @@ class Blip2xPreTrainedModel(PreTrainedModel):
         return self if isinstance(self, Blip2xModel) else self.model
 
     def train(self, mode: bool = True) -> "Blip2xPreTrainedModel":
-        """As in torch, but a vision tower or language model without trainable parameters stays in eval mode."""
+        """As in torch, but a vision tower or language model without trainable parameters stays in eval mode, and so do
+        the batch norms of a tower: their statistics come from far more images than fine-tuning shows."""
         super().train(mode)
+        for module in self.shared_model.vision_model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         for part in self.frozen_candidates():
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
@@ -163,7 +174,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
                 self.vision_model,
                 pixel_values.to(self.vision_model.dtype),
                 self.config.vision_feature_layer,
-                interpolate_pos_encoding,
+                interpolate_pos_encoding or self.config.interpolate_pos_encoding,
                 output_attentions,
                 output_hidden_states,
             )

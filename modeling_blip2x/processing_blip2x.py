@@ -48,8 +48,6 @@ class Blip2xProcessor(ProcessorMixin):
         tokenizer: the Q-Former's (stage 1) or the language model's (stage 2).
         qformer_tokenizer: stage 2 only, where the Q-Former reads the text too.
         num_query_tokens: queries of the stage-2 model, the number of placeholders an image takes; None for stage 1.
-        prompt_template: the prompt that the model was trained with, such as "a photo of" or "Question: {} Answer:"; kept
-            for whoever evaluates or shows the model, never put before a text by itself.
     """
 
     def __init__(
@@ -59,7 +57,6 @@ class Blip2xProcessor(ProcessorMixin):
         qformer_tokenizer=None,
         num_query_tokens: int | None = None,
         chat_template=None,
-        prompt_template: str | None = None,
     ):
         tokenizer = copy.deepcopy(tokenizer)
         if num_query_tokens is None:
@@ -76,7 +73,6 @@ class Blip2xProcessor(ProcessorMixin):
         self.image_token = IMAGE_TOKEN if num_query_tokens is not None else None
         self.image_token_id = None if num_query_tokens is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.qformer_tokenizer = qformer_tokenizer
-        self.prompt_template = prompt_template
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def __call__(

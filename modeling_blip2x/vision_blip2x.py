@@ -48,6 +48,19 @@ def freeze_unused_parts(tower: nn.Module) -> nn.Module:
     return tower
 
 
+def parameters_of_features(tower: nn.Module, feature_layer: int) -> set[str]:
+    """Names of the tower's parameters that its features depend on, asked of autograd on a copy without memory."""
+    with torch.device("meta"):
+        probe = build_vision_tower(tower.config).eval()
+        size = getattr(tower.config, "image_size", 224)
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        pixels = torch.zeros(1, getattr(tower.config, "num_channels", 3), height, width)
+    names, parameters = zip(*probe.named_parameters())
+    features = vision_features(probe, pixels, feature_layer).last_hidden_state
+    gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+    return {name for name, gradient in zip(names, gradients) if gradient is not None}
+
+
 @contextmanager
 def attention_weights_of(model: nn.Module, wanted: bool | None) -> Iterator[None]:
     """Eager attention within, where weights are wanted: sdpa computes none, and transformers would return empty tuples."""

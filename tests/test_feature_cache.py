@@ -9,8 +9,9 @@ import cache_features
 import numpy as np
 import pytest
 import torch
-from data import CaptionDataset, ImageDataset, load_rows
+from data import CaptionDataset, ImageDataset
 from features import FeatureCache, images_fingerprint, load_features
+from sources import load_rows
 from training_parts import make_image_folder, make_vision_model, run_stage1
 
 PLAIN = ("--max_steps", "3", "--no_augment", "--eval_split", "validation")

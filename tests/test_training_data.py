@@ -12,7 +12,7 @@ from data import BatchOrder, CaptionDataset, load_rows
 from optim import build_optimizer, learning_rate_at
 from PIL import Image
 from pretrain_stage1 import hardness_at
-from tiny import batch, bert_tokenizer, llm_tokenizer, stage1
+from tiny import QUERIES, batch, bert_tokenizer, image, llm_tokenizer, stage1, stage2_processor
 from training_parts import make_image_folder
 from transformers import BertConfig, BertModel
 from transforms import augment_image, clean_caption
@@ -136,8 +136,28 @@ def test_causal_labels_cover_text_and_end_only():
     assert ids[0].tolist() == [99, 99, bos, *prompt, *text, end, tokenizer.pad_token_id]
     assert labels[0].tolist() == [-100] * 6 + [*text, end, -100]
     assert batch["attention_mask"][0].tolist() == [1] * 9 + [0]
-    with pytest.raises(ValueError, match="leaves none for the text"):
-        collate(items("a", prompt="a photo of a dog runs a photo of"))
+    collate.max_text_length = 3  # a long prompt keeps its end and leaves half of the room, at least, for the text
+    short = collate(items("a dog", prompt="a photo of"))
+    assert short["input_ids"][0].tolist() == [99, 99, prompt[-1], *text]
+    assert short["labels"][0].tolist() == [-100] * 3 + text
+
+
+@pytest.mark.parametrize("kind", [CausalLMCollator, Seq2SeqLMCollator])
+def test_prompts_to_generate_from_are_those_of_the_processor(kind):
+    processor = stage2_processor(bos=kind is CausalLMCollator)
+    collate = kind(
+        processor.image_processor,
+        processor.tokenizer,
+        QUERIES,
+        processor.image_token_id,
+        max_text_length=8,
+        cropped=False,
+    )
+    texts = ["a photo of", "what colour is it ?"]
+    rows = [{"image": image(), "prompt": text} for text in texts]
+    expected = processor(images=[image()] * 2, text=texts, padding=True, return_tensors="pt")
+    given = collate.prompts(rows)
+    assert given.keys() == expected.keys() and all(torch.equal(given[name], expected[name]) for name in expected)
 
 
 def test_a_cut_text_has_no_end():

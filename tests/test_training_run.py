@@ -8,9 +8,9 @@ import pretrain_stage1
 import pretrain_stage2
 import pytest
 import torch
-from data import load_rows
 from loop import stop_unless_finite
 from safetensors.torch import load_file
+from sources import load_rows
 from tiny import image
 from training_parts import make_image_folder, make_language_model, make_vision_model
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor

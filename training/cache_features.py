@@ -28,11 +28,12 @@ import numpy as np
 import torch
 from args import parse_arguments
 from collators import collate_images
-from data import ImageDataset, load_rows
+from data import ImageDataset
 from features import STORED, CacheLayout, differences, images_fingerprint, to_stored, tower_fingerprint
 from fields import doc
 from inputs import load_image_processor, output_size
 from PIL import Image
+from sources import image_start, load_rows
 from tqdm import tqdm
 from transforms import augment_image
 
@@ -53,6 +54,7 @@ class CacheArguments:
     views: int = doc(1, "Views of each image of the first split: the plain one, then random crops and flips.")
     seed: int = doc(42, "Draws the crops and flips.")
     image_column: str = doc("image", "As in training.")
+    image_folder: str | None = doc(None, "As in training.")
     vision_feature_layer: int = doc(-1, "As in training.")
     image_size: int | None = doc(None, "As in training.")
     batch_size: int = doc(32, "Images in one forward, whose views go one after another.")
@@ -160,8 +162,8 @@ def plan_split(args: CacheArguments, name: str, views: int, shape: tuple[int, in
 
     Raises ValueError if the folder holds another cache of it, unless that is to be overwritten.
     """
-    folder = Path(args.dataset).parent if Path(args.dataset).is_file() else None
-    images = ImageDataset(load_rows(args.dataset, name), args.image_column, folder)
+    rows = load_rows(args.dataset, name, args.image_folder)
+    images = ImageDataset(rows, args.image_column, image_start(args.dataset, args.image_folder))
     whole = CacheLayout((len(images), views, *shape), args.dtype, 1)
     shard_size = args.shard_size or max(1, SHARD_BYTES // whole.num_bytes([0]))
     layout = CacheLayout(whole.shape, args.dtype, shard_size)

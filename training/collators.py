@@ -33,10 +33,15 @@ def collate_prompts(items: list[dict], qformer_tokenizer: Any | None, max_length
     return {"qformer_input_ids": encoded["input_ids"], "qformer_attention_mask": encoded["attention_mask"]}
 
 
-def pad(rows: list[list[int]], value: int) -> torch.Tensor:
-    """(B, longest) from id lists, padded on the right."""
+def pad(rows: list[list[int]], value: int, on_left: bool = False) -> torch.Tensor:
+    """(B, longest) from id lists."""
     longest = max(len(row) for row in rows)
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    fillers = [[value] * (longest - len(row)) for row in rows]
+    return torch.tensor([filler + row if on_left else row + filler for row, filler in zip(rows, fillers)])
+
+
+def filler_of(tokenizer: Any) -> int:
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def cut(ids: list[int], end: int, max_length: int) -> list[int]:
@@ -89,29 +94,36 @@ class CausalLMCollator:
         input_ids, labels = zip(*[self.encode(item["prompt"], item["text"]) for item in items])
         lengths = [len(ids) for ids in input_ids]
         mask = [[1] * length for length in lengths]
-        filler = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         return {
             **collate_images(items, self.image_processor, self.cropped),
             **collate_prompts(items, self.qformer_tokenizer, self.max_text_length),
-            "input_ids": pad(list(input_ids), filler),
+            "input_ids": pad(list(input_ids), filler_of(self.tokenizer)),
             "attention_mask": pad(mask, 0),
             "labels": pad(list(labels), IGNORE),
         }
 
     def encode(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
-        """Input ids and labels of one row; `max_text_length` counts prompt, text and end."""
-        prompt_ids = without_end(self.tokenizer(prompt)["input_ids"], self.tokenizer)
+        """Input ids and labels of one row; `max_text_length` counts prompt, text and end.
+
+        Where they do not fit, a prompt longer than half of it loses its beginning, then the text its end.
+        """
+        prompt_ids = self.encode_prompt(prompt)
         whole = without_end(self.tokenizer(f"{prompt} {text}" if prompt else text)["input_ids"], self.tokenizer)
         # The tokenizer may join the prompt's end with the text's start: supervise from the first token that differs.
         start = next((i for i, (a, b) in enumerate(zip(prompt_ids, whole)) if a != b), min(len(prompt_ids), len(whole)))
-        if start >= self.max_text_length:
-            raise ValueError(
-                f"The prompt {prompt!r} takes {start} of --max_text_length {self.max_text_length} tokens and "
-                "leaves none for the text. Raise --max_text_length."
-            )
-        ids = cut(whole, self.tokenizer.eos_token_id, self.max_text_length)
+        target = [*whole[start:], self.tokenizer.eos_token_id]
+        room = max(self.max_text_length - len(target), self.max_text_length // 2)
+        before = whole[:start] if start <= room else whole[start - room : start]
+        target = target[: self.max_text_length - len(before)]  # a text that was cut does not end there
         images = [self.image_token_id] * self.num_query_tokens
-        return images + ids, [IGNORE] * (len(images) + start) + ids[start:]
+        return images + before + target, [IGNORE] * (len(images) + len(before)) + target
+
+    def encode_prompt(self, prompt: str) -> list[int]:
+        return without_end(self.tokenizer(prompt)["input_ids"], self.tokenizer)
+
+    def prompts(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        """What `generate` goes on from: image and prompt of each row, padded on the left."""
+        return prompt_batch(self, items, [self.encode_prompt(item["prompt"]) for item in items])
 
 
 @dataclass
@@ -153,6 +165,24 @@ class Seq2SeqLMCollator:
             split = min(1 + int(draw * midpoint), midpoint)  # 1 .. midpoint; 0 for a text of one token
             prefix, target = target[:split], target[split:]
         return [self.image_token_id] * self.num_query_tokens + prefix + [end], target
+
+    def prompts(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        """What `generate` reads: image and prompt of each row."""
+        rows = [self.tokenizer(item["prompt"], add_special_tokens=False)["input_ids"] for item in items]
+        return prompt_batch(self, items, [[*row, self.tokenizer.eos_token_id] for row in rows])
+
+
+def prompt_batch(
+    collator: CausalLMCollator | Seq2SeqLMCollator, items: list[dict], prompts: list[list[int]]
+) -> dict[str, torch.Tensor]:
+    """Images and the ids of their prompts as arguments of `generate`."""
+    rows = [[collator.image_token_id] * collator.num_query_tokens + prompt for prompt in prompts]
+    return {
+        **collate_images(items, collator.image_processor, collator.cropped),
+        **collate_prompts(items, collator.qformer_tokenizer, collator.max_text_length),
+        "input_ids": pad(rows, filler_of(collator.tokenizer), on_left=True),
+        "attention_mask": pad([[1] * len(row) for row in rows], 0, on_left=True),
+    }
 
 
 def without_end(ids: list[int], tokenizer: Any) -> list[int]:

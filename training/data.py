@@ -1,259 +1,269 @@
-"""From the dataset argument to rows, and the order in which training visits them.
+"""Data sets of images with texts, indexed by (epoch, row), over the rows that `sources` loads.
 
-Everything random about a row (drawn caption, crop, flip, prefix split) comes from (seed, epoch, row), and the order
-of rows from (seed, epoch): no worker or process holds state, and a run resumes from the number of samples seen.
+Everything random about a row (drawn caption, crop, flip, prefix split, what stands in for a bad row) comes from (seed,
+epoch, row): no worker or process holds state. The order of rows is in `order`.
 """
 
-import difflib
-import io
 import random
+from bisect import bisect_right
 from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from images import BadRow, image_keys, image_name, keep_encoded, number_images, open_image
+from PIL import Image
+from rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
+from skipping import TRIES, ReportedBatches, Reporting, SkipLog
 from transforms import augment_image, clean_caption
 
-
-def load_rows(dataset: str, split: str) -> datasets.Dataset:
-    """Rows of one split of a hub id, a folder (imagefolder with metadata.jsonl, parquet) or a JSON / JSONL file.
-
-    Images stay encoded: a row's image is a dict with `path` and `bytes`, or a path.
-    """
-    path = Path(dataset)
-    if not path.exists() and (path.is_absolute() or dataset.startswith(".") or path.suffix in (".json", ".jsonl")):
-        raise ValueError(f"--dataset {dataset}: there is no such file or folder. Check the path.")
-    if path.is_dir() and not any(item.is_file() for item in path.rglob("*")):
-        raise ValueError(
-            f"--dataset {dataset} is an empty folder. It needs images with a metadata.jsonl, or parquet files."
-        )
-    try:
-        if path.is_file():
-            kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
-            if kind is None:
-                raise ValueError(f"{path.name} is no .json, .jsonl or .parquet file")
-            rows = datasets.load_dataset(kind, data_files=str(path), split=split)
-        else:
-            rows = datasets.load_dataset(dataset, split=split)
-    except Exception as error:  # datasets raises a dozen kinds
-        raise ValueError(f"--dataset {dataset}, split {split!r} cannot be read: {error}") from error
-    if len(rows) == 0:
-        raise ValueError(f"--dataset {dataset}, split {split!r} has no rows.")
-    return rows
-
-
-def require_column(rows: datasets.Dataset, column: str, flag: str) -> None:
-    """Raise if there is no such column, naming those that are."""
-    if column not in rows.column_names:
-        near = difflib.get_close_matches(column, rows.column_names, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"--{flag} is {column!r}, but the dataset has the columns {rows.column_names}.{hint}")
+Turn = tuple[str, list[str]]  # a question ("" for none) and the texts that answer it, of which each visit draws one
 
 
 class ImageDataset(torch.utils.data.Dataset):
     """The images of rows, opened one by one; relative paths start at `folder`."""
 
-    def __init__(self, rows: datasets.Dataset, image_column: str, folder: Path | None = None):
+    def __init__(self, rows: datasets.Dataset | Rows, image_column: str, folder: Path | None = None):
         require_column(rows, image_column, "image_column")
         self.images = keep_encoded(rows, image_column).select_columns([image_column])
         self.image_column, self.folder = image_column, folder
-        check_files_exist(self.images, image_column, folder)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def image(self, index: int) -> Image.Image:
-        """The RGB image of a row; raises ValueError with row and path if it cannot be decoded."""
-        source, name = image_source(self.images[index][self.image_column], self.folder)
+    def image(self, row: int) -> Image.Image:
+        """The upright RGB image of a row; raises ValueError with row and path if it cannot be read."""
         try:
-            return Image.open(source).convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return open_image(self.images[row][self.image_column], self.folder)
+        except BadRow as error:
             raise ValueError(
-                f"The image of row {index} ({name}) cannot be read: {error}. Repair or remove the row."
+                f"The image of row {row} ({self.name(row)}) cannot be read: {error}. Repair or remove the row."
             ) from error
+
+    def name(self, row: int) -> str:
+        return image_name(self.images[row][self.image_column], self.folder)
 
 
 class CaptionDataset(ImageDataset):
-    """Map-style dataset of images with texts, indexed by (epoch, row).
+    """Map-style dataset of images with texts, indexed by (epoch, index of a usable row).
 
-    An item holds `text` (str), `prompt` (str), `image_id` (int), `draw` (float in [0, 1), for the collator), and
-    either `image` (RGB PIL image) or, after `use_features`, `vision_embeds` (N, D) float32.
+    An item holds `text` (str), `prompt` (str), `image_id` (int, equal for rows that show the same image), `draw` (float
+    in [0, 1), for the collator), `skipped` (reports of rows that could not be read, in whose place this one is), and either
+    `image` (RGB PIL image) or, after `use_features`, `vision_embeds` (N, D) float32.
+
+    Rows without image or text are left out: `left_out` has their reports, `kept` the numbers of the others.
 
     Args:
         rows: dataset rows with `image_column` and `text_column`; the latter holds one text or a list of texts.
-        prompt_column: texts that go before the supervised ones, one for each; else every text gets `prompt`.
+        text_column: None takes the first of `rows.TEXT_COLUMNS` that there is.
+        prompt_column: question that the texts answer; a list of questions has one text, or list of texts, for each. "auto"
+            takes the first of `rows.PROMPT_COLUMNS`, None leaves questions out.
+        prompt: goes before every text; `{}` in it stands for the question.
         crop_size: (height, width) of the training augmentation; None for no augmentation.
-        draw_text: True draws one text of a list each visit, False takes the first.
+        draw_text: True draws one question and text each visit, False takes the first.
+        source: data set and split, as reports name them.
+        known_images: numbers of images given so far, shared by data sets that are trained on together.
     """
 
     def __init__(
         self,
-        rows: datasets.Dataset,
+        rows: datasets.Dataset | Rows,
         *,
-        image_column: str,
-        text_column: str,
+        image_column: str = "image",
+        text_column: str | None = None,
         prompt_column: str | None = None,
         prompt: str = "",
         clean_captions: bool = True,
         folder: Path | None = None,
-        seed: int = 0,
+        seed: int | str = 0,
         crop_size: tuple[int, int] | None = None,
         draw_text: bool = True,
+        source: tuple[str, str] = ("", ""),
+        known_images: dict | None = None,
     ):
         super().__init__(rows, image_column, folder)
-        require_column(rows, text_column, "text_column")
-        if prompt_column:
-            require_column(rows, prompt_column, "prompt_column")
-        self.texts = read_texts(rows, text_column, clean_captions)
-        self.prompts = read_prompts(rows, prompt_column, self.texts) if prompt_column else None
-        self.prompt, self.seed, self.crop_size, self.draw_text, self.features = prompt, seed, crop_size, draw_text, None
+        text_column = find_column(rows, text_column, TEXT_COLUMNS, "text_column")
+        if prompt_column is not None:
+            wanted = None if prompt_column == "auto" else prompt_column
+            prompt_column = find_column(rows, wanted, PROMPT_COLUMNS, "prompt_column")
+        self.prompt, self.asks, self.seed = prompt, prompt_column is not None, seed
+        self.crop_size, self.draw_text, self.features = crop_size, draw_text, None
+        self.source, self.sources = source, {source}
+        self.skip_log: SkipLog | None = None
+
+        keys = list(image_keys(self.images, image_column, folder))
+        turns = read_turns(rows, text_column, prompt_column, clean_captions)
+        faults = [next((part for part in pair if isinstance(part, BadRow)), None) for pair in zip(keys, turns)]
+        self.num_rows, self.kept = len(rows), np.flatnonzero([fault is None for fault in faults])
+        self.left_out = [self.report(row, fault) for row, fault in enumerate(faults) if fault is not None]
+        if not len(self.kept):
+            first = self.left_out[0]
+            raise ValueError(
+                f"None of the {self.num_rows} rows of {source[0] or 'the dataset'} can be used, the first: {first['name']}: "
+                f"{first['reason']}. Relative paths start at {folder or 'the working directory'}; --image_folder changes it, "
+                "--text_column the column of the texts."
+            )
+        numbers = number_images(keys, read_image_ids(rows, source[0]), {} if known_images is None else known_images)
+        self.turns, self.image_ids = [turns[row] for row in self.kept], [numbers[row] for row in self.kept]
+        shards = getattr(rows, "shards", None)
+        self.shards = None if shards is None else shards[self.kept]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def parts(self) -> list["CaptionDataset"]:
+        return [self]
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """All texts of each usable row."""
+        return [[text for _, texts in turns for text in texts] for turns in self.turns]
 
     def use_features(self, features) -> None:
         """Give out rows of a `features.FeatureCache` in place of images.
 
         Of several views each visit draws one where it draws a text too, else it takes the first.
         """
-        if len(features) != len(self):
+        if len(features) != self.num_rows:
             raise ValueError(
-                f"The feature cache holds {len(features)} rows, the dataset {len(self)}. Write the cache again."
+                f"The feature cache holds {len(features)} rows, the dataset {self.num_rows}. Write the cache again."
             )
         self.features = features
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, index = key
-        rng = random.Random(f"{self.seed}-{epoch}-{index}")
-        texts = self.texts[index]
-        choice = rng.randrange(len(texts)) if self.draw_text else 0
+        """The item of a visit. A bad row is replaced by another; after `TRIES` bad ones there is `skipped` alone."""
+        epoch, visited = key
+        index, reports = visited, []
+        while len(reports) < TRIES:
+            try:
+                return {**self.item(index, random.Random(f"{self.seed}-{epoch}-{visited}")), "skipped": reports}
+            except BadRow as error:
+                reports.append(self.report(int(self.kept[index]), error))
+                stand_in = random.Random(f"{self.seed}-{epoch}-{visited}-in-place-{len(reports)}")
+                index = stand_in.randrange(len(self))
+        return {"skipped": reports}
+
+    def item(self, index: int, rng: random.Random) -> dict:
+        """An item with its random part drawn from `rng`; raises BadRow where the image cannot be read."""
+        question, texts = self.draw(self.turns[index], rng)
         item = {
-            "text": texts[choice],
-            "image_id": index,
+            "text": self.draw(texts, rng),
+            "image_id": self.image_ids[index],
             "draw": rng.random(),
-            "prompt": self.prompts[index][choice] if self.prompts else self.prompt,
+            "prompt": fill_prompt(self.prompt, question) if self.asks else self.prompt,
         }
+        row = int(self.kept[index])
         if self.features is not None:
             view = rng.randrange(self.features.views) if self.draw_text else 0
-            item["vision_embeds"] = self.features.read(index, view)
+            try:
+                item["vision_embeds"] = self.features.read(row, view)
+            except ValueError as error:
+                raise BadRow(str(error)) from error
         else:
-            image = self.image(index)
+            image = open_image(self.images[row][self.image_column], self.folder)
             item["image"] = augment_image(image, self.crop_size, rng) if self.crop_size else image
         return item
 
+    def draw(self, choices: list, rng: random.Random):
+        return rng.choice(choices) if self.draw_text and len(choices) > 1 else choices[0]
 
-def keep_encoded(rows: datasets.Dataset, image_column: str) -> datasets.Dataset:
-    """Keep images as bytes or path, so that scanning rows decodes nothing and errors can name the file."""
-    if isinstance(rows.features[image_column], datasets.Image):
-        return rows.cast_column(image_column, datasets.Image(decode=False))
-    return rows
-
-
-def image_source(value: dict | str, folder: Path | None) -> tuple[io.BytesIO | Path, str]:
-    """What PIL opens, and a name for messages."""
-    if isinstance(value, dict) and value.get("bytes"):
-        return io.BytesIO(value["bytes"]), str(value.get("path") or "embedded bytes")
-    path = Path(value["path"] if isinstance(value, dict) else value)
-    path = path if path.is_absolute() or folder is None else folder / path
-    return path, str(path)
+    def report(self, row: int, fault: BadRow) -> dict:
+        dataset, split = self.source
+        return {"dataset": dataset, "split": split, "row": row, "name": self.name(row), "reason": str(fault)}
 
 
-def check_files_exist(images: datasets.Dataset, image_column: str, folder: Path | None) -> None:
-    """Raise for the first rows whose image is missing, before any time is spent on training."""
-    missing = []
-    for index, row in enumerate(images):
-        value = row[image_column]
-        if value is None or (isinstance(value, dict) and not value.get("bytes") and not value.get("path")):
-            missing.append(f"row {index}: no image")
-        elif not (isinstance(value, dict) and value.get("bytes")):
-            source, name = image_source(value, folder)
-            if not source.exists():
-                missing.append(f"row {index}: {name}")
-    if missing:
-        raise ValueError(
-            f"{len(missing)} image(s) are missing, the first: {'; '.join(missing[:3])}. "
-            "Check the paths (relative ones start at the folder of the JSON file) or remove the rows."
-        )
+class JointDataset(torch.utils.data.Dataset):
+    """Several data sets as one, whose rows count through them."""
 
-
-def read_texts(rows: datasets.Dataset, column: str, clean: bool) -> list[list[str]]:
-    """The texts of each row as a list; raises for rows without text."""
-    texts = []
-    for index, value in enumerate(rows[column][:]):
-        value = [value] if isinstance(value, str) else value
-        if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-            raise ValueError(
-                f"Row {index}, column {column!r} holds {value!r}, but must hold a text or a list of texts. "
-                "Correct or remove the row."
-            )
-        cleaned = [clean_caption(text) if clean else text for text in value]
-        if not all(text.strip() for text in cleaned):
-            raise ValueError(
-                f"Row {index}, column {column!r} has an empty caption: {value!r}. Correct or remove the row."
-            )
-        texts.append(cleaned)
-    return texts
-
-
-def read_prompts(rows: datasets.Dataset, column: str, texts: list[list[str]]) -> list[list[str]]:
-    """The prompts of each row, one for each of its texts."""
-    prompts = []
-    for index, value in enumerate(rows[column][:]):
-        value = [value] * len(texts[index]) if isinstance(value, str) else value
-        if not isinstance(value, list) or len(value) != len(texts[index]) or not all(isinstance(v, str) for v in value):
-            raise ValueError(
-                f"Row {index}, column {column!r} holds {value!r}, but must hold a prompt, or one for each of "
-                f"the row's {len(texts[index])} texts. Correct the row."
-            )
-        prompts.append(value)
-    return prompts
-
-
-class BatchOrder:
-    """Batch sampler: the (epoch, row) keys of this process's micro-batches, from a given sample to the last step.
-
-    Epochs are permutations by (seed, epoch) laid end to end and cut into global batches, so no row is dropped, no
-    batch is short, and the order of samples does not depend on the number of processes.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        num_batches: int,
-        *,
-        seed: int,
-        rank: int = 0,
-        num_processes: int = 1,
-        samples_seen: int = 0,
-    ):
-        self.num_rows, self.batch_size, self.num_batches = num_rows, batch_size, num_batches
-        self.seed, self.rank, self.num_processes, self.samples_seen = seed, rank, num_processes, samples_seen
+    def __init__(self, parts: list[CaptionDataset]):
+        self.parts, self.skip_log = parts, None
+        self.first_rows = np.cumsum([0, *map(len, parts)]).tolist()
+        self.num_rows = sum(part.num_rows for part in parts)
+        self.left_out = [report for part in parts for report in part.left_out]
+        self.sources = {part.source for part in parts}
 
     def __len__(self) -> int:
-        return self.num_batches
+        return self.first_rows[-1]
 
-    def __iter__(self):
-        permutations = {}
-        for batch in range(self.num_batches):
-            start = self.samples_seen + (batch * self.num_processes + self.rank) * self.batch_size
-            keys = []
-            for position in range(start, start + self.batch_size):
-                epoch, offset = divmod(position, self.num_rows)
-                if epoch not in permutations:
-                    permutations = {e: p for e, p in permutations.items() if e >= epoch - 1}
-                    permutations[epoch] = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
-                keys.append((epoch, int(permutations[epoch][offset])))
-            yield keys
+    @property
+    def texts(self) -> list[list[str]]:
+        return [texts for part in self.parts for texts in part.texts]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        part = bisect_right(self.first_rows, index) - 1
+        return self.parts[part][epoch, index - self.first_rows[part]]
+
+
+def fill_prompt(template: str, question: str) -> str:
+    """The question at the `{}` of a template such as `Question: {} Answer:`; alone where there is no template."""
+    return template.replace("{}", question) if template else question
+
+
+def read_turns(
+    rows: datasets.Dataset | Rows, text_column: str, prompt_column: str | None, clean: bool
+) -> list[list[Turn] | BadRow]:
+    """Questions and texts of each row, or what is wrong with it."""
+    values = rows[text_column][:]
+    questions = rows[prompt_column][:] if prompt_column else [""] * len(values)
+    turns = []
+    for value, question in zip(values, questions, strict=True):
+        try:
+            turns.append(read_row(value, question, clean, bool(prompt_column)))
+        except BadRow as error:
+            turns.append(error)
+    return turns
+
+
+def read_row(value, question, clean: bool, asks: bool) -> list[Turn]:
+    """Turns of a row: one whose texts all answer a question, or one for each of a list of questions."""
+    asked = question if isinstance(question, list) else [question]
+    if asks and not (asked and all(isinstance(one, str) and one.strip() for one in asked)):
+        raise BadRow(f"no question: {question!r}")
+    if not isinstance(question, list):
+        return [(question, read_texts(value, clean))]
+    if not isinstance(value, list) or len(value) != len(question):
+        count = len(value) if isinstance(value, list) else "no list of"
+        raise BadRow(f"{len(question)} questions, but {count} texts")
+    return [(one, read_texts(text, clean)) for one, text in zip(question, value)]
+
+
+def read_texts(value, clean: bool) -> list[str]:
+    """The texts of a row without the empty ones; raises BadRow if there is none, or anything that is no text."""
+    texts = [value] if isinstance(value, str) else value
+    if texts is None or texts == []:
+        raise BadRow("no text")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"the text is no text: {str(value)[:100]}")
+    cleaned = [clean_caption(text) if clean else text for text in texts]
+    kept = [text for text in cleaned if text.strip()]
+    if not kept:
+        raise BadRow(f"the text is empty: {str(value)[:100]!r}")
+    return kept
+
+
+def read_image_ids(rows: datasets.Dataset | Rows, dataset: str) -> list | None:
+    """Ids of the rows' images, distinct from those of other data sets, or None where no column holds any."""
+    column = next((name for name in IMAGE_ID_COLUMNS if name in rows.column_names), None)
+    if column is None:
+        return None
+    return [None if value is None else (dataset, str(value)) for value in rows[column][:]]
 
 
 def make_loader(
-    dataset: CaptionDataset, order, collator, num_workers: int, pin_memory: bool
-) -> torch.utils.data.DataLoader:
-    """A loader over given batches of keys. Its own generator keeps it from advancing the global random state."""
-    return torch.utils.data.DataLoader(
+    dataset: "CaptionDataset | JointDataset", order, collator, num_workers: int, pin_memory: bool
+) -> ReportedBatches:
+    """Batches over given lists of keys; what they skip goes to the data set's `skip_log`.
+
+    The loader's own generator keeps it from advancing the global random state.
+    """
+    loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=order,
-        collate_fn=collator,
+        collate_fn=Reporting(collator),
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
     )
+    return ReportedBatches(loader, dataset.skip_log)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import CaptionDataset, ImageDataset, image_source
+from data import CaptionDataset, ImageDataset
+from images import image_mark
 
 STORED = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # numpy has no bfloat16: its bits
 OPEN_SHARDS = 128  # a memory map holds a file descriptor, of which a process commonly has 1024
@@ -102,14 +103,7 @@ def images_fingerprint(dataset: ImageDataset) -> str:
     """Hash of which images the rows show, in order: file name and size in bytes, content where there is no name."""
     digest = hashlib.sha256()
     for row in dataset.images:
-        value = row[dataset.image_column]
-        source, _ = image_source(value, dataset.folder)
-        name = value.get("path") if isinstance(value, dict) else value
-        if isinstance(source, Path):
-            size = source.stat().st_size if source.exists() else None
-        else:
-            size = len(source.getbuffer())
-        digest.update(f"{Path(name).name} {size}\n".encode() if name else source.getbuffer())
+        digest.update(image_mark(row[dataset.image_column], dataset.folder))
     return digest.hexdigest()[:16]
 
 

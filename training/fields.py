@@ -16,18 +16,36 @@ def doc(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
+def looks_like_path(value: str) -> bool:
+    """And not like a hub id, which has one slash at most."""
+    return value[0] in "./~" or value.count("/") > 1
+
+
 @dataclass
 class PretrainingArguments:
     """What both stages need."""
 
     output_dir: str | None = doc(None, "Folder of the run. Its root becomes a complete checkpoint. Required.")
-    dataset: str | None = doc(
-        None, "Hub id, folder (imagefolder with metadata.jsonl, parquet) or JSON / JSONL file. Required."
+    dataset: list[str] = doc(
+        [],
+        "Hub id, folder (imagefolder with metadata.jsonl, parquet, webdataset tars), tars by a pattern, or JSON (COCO "
+        "captions, Karpathy, QUESTIONS,ANNOTATIONS of VQAv2, LAVIS and plain lists). One or more of them. Required.",
+    )
+    dataset_weights: list[float] | None = doc(
+        None, "How often each data set is visited, such as 3 1; null: as often as it is large."
     )
     train_split: str = doc("train", "Split to train on; slices such as 'train[:1000]' work.")
     eval_split: str | None = doc(None, "Split to validate on every eval_steps and at the end; null for none.")
-    image_column: str = doc("image", "Column with the image: an image, or a path relative to the JSON file.")
-    text_column: str = doc("text", "Column with the caption, or with a list of them, of which each visit draws one.")
+    image_folder: str | None = doc(None, "Where relative paths of images in JSON files start; null: at the JSON file.")
+    image_column: str = doc("image", "Column with the image: an image, or a path.")
+    text_column: str | None = doc(
+        None,
+        "Column with the text, or with a list of them, of which each visit draws one; null takes the first of text, "
+        "caption, captions, text_output, answer, answers.",
+    )
+    max_skip_fraction: float = doc(
+        0.01, "Bad rows are skipped and listed in skipped.jsonl; a larger share stops the run."
+    )
     clean_captions: bool = doc(True, 'Lower-case and strip . ! " ( ) * # : ; ~ as published; at most 50 words.')
     max_text_length: int = doc(32, "Longest text in tokens; longer ones are cut.")
     augment: bool = doc(True, "RandomResizedCrop(0.5, 1, bicubic) and horizontal flip of training images.")
@@ -70,6 +88,9 @@ class PretrainingArguments:
     adam_beta1: float = doc(0.9, "AdamW beta 1.")
     adam_beta2: float = doc(0.98, "AdamW beta 2.")
     max_grad_norm: float = doc(1.0, "Gradients are clipped to this norm; 0 for no clipping.")
+    ema_decay: float | None = doc(
+        None, "Decay of an average of the trained weights over steps, which is validated and saved; null for none."
+    )
     bf16: bool = doc(False, "bfloat16 autocast; trainable parts and losses stay in float32.")
     fp16: bool = doc(False, "float16 autocast with a loss scaler.")
     gradient_checkpointing: bool = doc(False, "Recompute activations in the backward pass to save memory.")
@@ -100,9 +121,30 @@ class PretrainingArguments:
             for name in self.required()
             if not getattr(self, name)
         ]
-        for name in ("dataset", "vision_model", "qformer_init", "qformer_tokenizer", "init_from", "language_model"):
+        for dataset in self.dataset:
+            pattern = any(character in dataset for character in "*?{") or ".json," in dataset
+            if looks_like_path(dataset) and not pattern and not Path(dataset).exists():
+                found.append(
+                    f"--dataset is {dataset}: there is no such file or folder. Check the path, or give a hub id."
+                )
+        if self.dataset_weights and len(self.dataset_weights) != len(self.dataset):
+            found.append(
+                f"--dataset_weights has {len(self.dataset_weights)} weights for {len(self.dataset)} data sets. Give one each."
+            )
+        if any(weight <= 0 for weight in self.dataset_weights or ()):
+            found.append(f"--dataset_weights is {self.dataset_weights}, but all must be above 0. Leave a data set out.")
+        if self.feature_cache and len(self.dataset) > 1:
+            found.append("--feature_cache is of one data set, but --dataset names several. Drop one.")
+        for name in (
+            "image_folder",
+            "vision_model",
+            "qformer_init",
+            "qformer_tokenizer",
+            "init_from",
+            "language_model",
+        ):
             value = getattr(self, name, None)
-            if value and (value[0] in "./~" or value.count("/") > 1) and not Path(value).exists():
+            if value and looks_like_path(value) and not Path(value).exists():
                 found.append(f"--{name} is {value}: there is no such folder. Check the path, or give a hub id.")
         for name, (low, high) in RANGES.items():
             value = getattr(self, name, None)
@@ -148,11 +190,7 @@ class Stage1Arguments(PretrainingArguments):
         return super().required() + ([] if self.init_from else ["vision_model"])
 
     def problems(self) -> list[str]:
-        found = super().problems()
-        known = ["itc", "itm", "itg"]
-        for name in self.objectives:
-            if name not in known:
-                found.append(f"--objectives holds {name!r}; choose from {', '.join(known)}.")
+        found = super().problems() + unknown_objectives(self.objectives)
         if self.qformer_init and self.qformer_config:
             found.append(
                 "--qformer_init and --qformer_config are both given. A BERT checkpoint brings its own shape: drop one."
@@ -182,14 +220,79 @@ class Stage2Arguments(PretrainingArguments):
         found = super().problems()
         if self.qformer_text_input and not self.init_from:
             found.append("--qformer_text_input is true, but there is no --init_from whose Q-Former can read. Give one.")
-        if self.prompt and self.prompt_column:
-            found.append("--prompt and --prompt_column are both given. Drop one.")
+        if self.prompt_column and self.prompt and "{}" not in self.prompt:
+            found.append(f"--prompt is {self.prompt!r}, but needs {{}} where the text of --prompt_column goes.")
         return found
+
+
+TASKS = {  # task: its prompt, whether crops and flips are harmless, whether captions are cleaned
+    "caption": ("a photo of", True, True),
+    "vqa": ("Question: {} Answer:", False, False),  # a flip turns left into right, a crop changes counts
+    "instruct": ("{}", False, False),
+    "retrieval": ("", True, True),
+}
+
+
+@dataclass
+class FinetuneArguments(PretrainingArguments):
+    """Fine-tuning of a stage-2 model on caption, vqa or instruct, or of a stage-1 model on retrieval."""
+
+    task: str | None = doc(None, f"One of {', '.join(TASKS)}. Required.")
+    init_from: str | None = doc(None, "Checkpoint folder or id to tune: stage 2, or stage 1 for retrieval. Required.")
+    language_model: str | None = doc(None, "Id or folder of the frozen LLM, where init_from is a stage-1 folder.")
+    prompt: str | None = doc(
+        None,
+        "Text before the supervised one; {} stands for the question. null takes the task's; kept in the checkpoint.",
+    )
+    prompt_column: str | None = doc(None, "Column with the question or instruction; null finds it.")
+    qformer_text_input: bool = doc(False, "The Q-Former reads the prompt too.")
+    train_vision: bool = doc(False, "Train the vision tower too, as the paper does in fine-tuning.")
+    layer_decay: float = doc(1.0, "Each layer of the tower trains at this share of the learning rate of the one above.")
+    augment: bool | None = doc(
+        None, "Random crops and flips; null is what suits the task, that is not vqa and instruct."
+    )
+    clean_captions: bool | None = doc(None, "As in pre-training; null is what suits the task.")
+    num_train_epochs: float = doc(5.0, "Passes over the images, used when max_steps is null.")
+    learning_rate: float = doc(1e-5, "Peak learning rate.")
+    min_learning_rate: float = doc(0.0, "Learning rate at the end of the cosine.")
+    warmup_steps: int = doc(1000, "Steps of linear warm-up from 1e-6.")
+    adam_beta2: float = doc(0.999, "AdamW beta 2.")
+    objectives: list[str] = doc(["itc", "itm", "itg"], "Retrieval: losses that are computed and trained.")
+    hard_negative_steps: int = doc(0, "Retrieval: as in stage 1.")
+    rerank_k: int = doc(16, "Retrieval: candidates that ITM re-ranks in the validation at the end; 0 for none.")
+
+    def __post_init__(self):
+        if self.task in TASKS:
+            prompt, augment, clean = TASKS[self.task]
+            self.prompt = prompt if self.prompt is None else self.prompt
+            self.augment = (augment and not self.feature_cache) if self.augment is None else self.augment
+            self.clean_captions = clean if self.clean_captions is None else self.clean_captions
+
+    def required(self) -> list[str]:
+        return super().required() + ["task", "init_from"]
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.task and self.task not in TASKS:
+            found.append(f"--task is {self.task!r}; choose from {', '.join(TASKS)}.")
+        if self.task in ("vqa", "instruct") and "{}" not in self.prompt:
+            found.append(f"--prompt is {self.prompt!r}, but needs {{}} where the question goes.")
+        if self.train_vision and self.feature_cache:
+            found.append("--train_vision is true, but --feature_cache skips the tower. Drop one.")
+        if self.layer_decay != 1.0 and not self.train_vision:
+            found.append(f"--layer_decay is {self.layer_decay}, but the tower is frozen. Pass --train_vision true.")
+        return found + unknown_objectives(self.objectives)
+
+
+def unknown_objectives(objectives: list[str]) -> list[str]:
+    known = ["itc", "itm", "itg"]
+    return [f"--objectives holds {n!r}; choose from {', '.join(known)}." for n in objectives if n not in known]
 
 
 BIG = float("inf")
 TINY = 1e-12
 RANGES = {  # field: smallest and largest value
+    "max_skip_fraction": (0, 1),
     "max_text_length": (2, BIG),
     "image_size": (1, BIG),
     "num_query_tokens": (1, BIG),
@@ -215,4 +318,6 @@ RANGES = {  # field: smallest and largest value
     "hard_negative_steps": (0, BIG),
     "min_word_count": (1, BIG),
     "rerank_k": (0, BIG),
+    "layer_decay": (TINY, 1),
+    "ema_decay": (0, 0.999999),
 }

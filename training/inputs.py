@@ -7,8 +7,9 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from args import save_arguments
 from checkpoint import clear_output_dir
-from data import CaptionDataset, load_rows
+from data import CaptionDataset, JointDataset
 from fields import PretrainingArguments
+from sources import image_start, load_rows
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 
@@ -91,23 +92,28 @@ def load_dataset_split(
     draw_text: bool,
     prompt: str = "",
     prompt_column: str | None = None,
-) -> CaptionDataset:
-    """One split as a CaptionDataset; the main process reads first, so that others find datasets' cache."""
-    with accelerator.main_process_first():
-        rows = load_rows(args.dataset, split)
-    folder = Path(args.dataset).parent if Path(args.dataset).is_file() else None
-    return CaptionDataset(
-        rows,
-        image_column=args.image_column,
-        text_column=args.text_column,
-        prompt_column=prompt_column,
-        prompt=prompt,
-        clean_captions=args.clean_captions,
-        folder=folder,
-        seed=args.seed,
-        crop_size=crop_size,
-        draw_text=draw_text,
-    )
+) -> CaptionDataset | JointDataset:
+    """One split of each data set, as one; the main process reads first, so that others find datasets' cache."""
+    parts, known_images = [], {}
+    for number, dataset in enumerate(args.dataset):
+        with accelerator.main_process_first():
+            rows = load_rows(dataset, split, args.image_folder)
+        part = CaptionDataset(
+            rows,
+            image_column=args.image_column,
+            text_column=args.text_column,
+            prompt_column=prompt_column,
+            prompt=prompt,
+            clean_captions=args.clean_captions,
+            folder=image_start(dataset, args.image_folder),
+            seed=f"{args.seed}/{number}" if number else args.seed,
+            crop_size=crop_size,
+            draw_text=draw_text,
+            source=(dataset, split),
+            known_images=known_images,
+        )
+        parts.append(part)
+    return JointDataset(parts) if len(parts) > 1 else parts[0]
 
 
 def count_steps(args: PretrainingArguments, num_rows: int, num_processes: int) -> int:

@@ -1,20 +1,69 @@
-"""AdamW and the learning-rate schedule of the paper (section 3.4)."""
+"""AdamW and the learning-rate schedule of the paper (section 3.4), layer-wise decay and averaged weights."""
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
+TOWER = re.compile(r"(^|\.)vision_model\.")
+LAYER = re.compile(r"\.(?:layers?|blocks?|stages)\.(\d+)\.")  # as transformers names the layers of its vision models
+
 
 def build_optimizer(
-    model: torch.nn.Module, *, learning_rate: float, weight_decay: float, betas: tuple[float, float]
+    model: torch.nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    layer_decay: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; biases, norms and other 1-d parameters are not decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+    """AdamW over the trainable parameters; biases, norms and other 1-d parameters are not decayed.
+
+    layer_decay: layer n of a vision tower of L layers trains at learning_rate * layer_decay ** (L - n), its embeddings
+    as layer -1, what comes after its layers and everything outside the tower at learning_rate. A group carries its factor
+    as `lr_scale`.
+    """
+    depth = tower_depth(model)
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            scale = layer_decay ** layers_above(name, depth)
+            groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": scale,
+                "lr": learning_rate * scale,
+            }
+            for (scale, decays), parameters in groups.items()
+        ],
+        lr=learning_rate,
+        betas=betas,
+    )
+
+
+def tower_depth(model: torch.nn.Module) -> int:
+    """Number of layers of the vision tower."""
+    numbers = [number_of_layer(name) for name, _ in model.named_parameters() if TOWER.search(name)]
+    return 1 + max((number for number in numbers if number is not None), default=-1)
+
+
+def number_of_layer(name: str) -> int | None:
+    """Layer of a tower's parameter, counted from 0; -1 for its embeddings, None for what comes after the layers."""
+    found = LAYER.search(name)
+    if found:
+        return int(found.group(1))
+    return -1 if "embed" in name or "stem" in name else None
+
+
+def layers_above(name: str, depth: int) -> int:
+    """How many layers of the tower lie above a parameter; 0 for what is not in them. The last layer has 1 above: the end."""
+    number = number_of_layer(name) if TOWER.search(name) else None
+    return 0 if number is None else depth - number
 
 
 def learning_rate_at(
@@ -32,4 +81,46 @@ def learning_rate_at(
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get("lr_scale", 1.0)
+
+
+class AveragedWeights:
+    """Exponential moving average of the trained parameters (EMA), kept in fp32 beside them.
+
+    The decay of update n is min(decay, (1 + n) / (10 + n)): the first steps, far from the end, are forgotten soon.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for name, average in self.averages.items():
+            average.lerp_(self.parameters[name].detach().float(), weight)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within, the model has the averages for its weights: to validate and to save."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        try:
+            self._put(self.averages)
+            yield
+        finally:
+            self._put(trained)
+
+    @torch.no_grad()
+    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "averages": self.averages}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.updates = state["updates"]
+        for name, average in self.averages.items():
+            average.copy_(state["averages"][name])

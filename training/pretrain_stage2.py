@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     model, processor = build_model(args, image_processor)
+    model.config.prompt_template = args.prompt or None
     model.freeze_unimodal()
     if not args.qformer_text_input:
         freeze_text_branch(model)
@@ -44,11 +45,10 @@ def main(argv: list[str] | None = None) -> None:
 def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForConditionalGeneration, Blip2xProcessor]:
     """From a stage-1 folder, or around a tower without stage 1; with the processor that fits."""
     tokenizer = AutoTokenizer.from_pretrained(args.language_model)
-    prompt = args.prompt or None
     if args.init_from:
         num_query_tokens = read_stage1_config(args.init_from).num_query_tokens
         reader = AutoProcessor.from_pretrained(args.init_from).tokenizer if args.qformer_text_input else None
-        processor = Blip2xProcessor(image_processor, tokenizer, reader, num_query_tokens, prompt_template=prompt)
+        processor = Blip2xProcessor(image_processor, tokenizer, reader, num_query_tokens)
         model = Blip2xForConditionalGeneration.from_stage1(
             args.init_from,
             args.language_model,
@@ -56,9 +56,7 @@ def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForCondit
             use_qformer_text_input=args.qformer_text_input,
         )
         return model, processor
-    processor = Blip2xProcessor(
-        image_processor, tokenizer, num_query_tokens=args.num_query_tokens, prompt_template=prompt
-    )
+    processor = Blip2xProcessor(image_processor, tokenizer, num_query_tokens=args.num_query_tokens)
     qformer = args.qformer_init or Blip2xQFormerConfig(
         **{"use_qformer_text_input": False, **(args.qformer_config or {})}
     )

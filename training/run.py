@@ -7,24 +7,26 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from checkpoint import is_finished, read_state
-from data import BatchOrder, CaptionDataset, make_loader
+from data import CaptionDataset, JointDataset, make_loader
 from features import use_feature_cache
 from fields import PretrainingArguments
 from inputs import count_steps, load_dataset_split, open_output_dir, output_size, seed_training
 from loop import finish, train
 from lora import LoraCheckpoint, add_lora
 from optim import build_optimizer, learning_rate_at
+from order import BatchOrder, visit_order
+from skipping import record_skips
 
 from modeling_blip2x import Blip2xProcessor
 
 
 def load_splits(
     args: PretrainingArguments, accelerator: Accelerator, image_processor, prompt: str = ""
-) -> tuple[CaptionDataset, CaptionDataset | None]:
+) -> tuple[CaptionDataset | JointDataset, CaptionDataset | JointDataset | None]:
     """The training split, augmented where asked for, and the validation split or None."""
-    read = functools.partial(
-        load_dataset_split, args, accelerator, prompt=prompt, prompt_column=getattr(args, "prompt_column", None)
-    )
+    asked = "auto" if "{}" in prompt else None  # a prompt with a place for a question needs one
+    prompt_column = getattr(args, "prompt_column", None) or asked
+    read = functools.partial(load_dataset_split, args, accelerator, prompt=prompt, prompt_column=prompt_column)
     crop_size = output_size(image_processor) if args.augment else None
     train_set = read(args.train_split, crop_size=crop_size, draw_text=True)
     return train_set, read(args.eval_split, crop_size=None, draw_text=False) if args.eval_split else None
@@ -38,7 +40,16 @@ def already_finished(args: PretrainingArguments, accelerator: Accelerator, max_s
     return True
 
 
-def steps_of(args: PretrainingArguments, accelerator: Accelerator, train_set: CaptionDataset) -> int:
+def has_other_size(model: torch.nn.Module, processor: Blip2xProcessor) -> bool:
+    """Whether the processor's images are of another size than the tower was trained at."""
+    size = getattr(model.config.vision_config, "image_size", None)
+    if size is None:
+        return False  # a CNN takes any
+    native = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return output_size(processor.image_processor) != native
+
+
+def steps_of(args: PretrainingArguments, accelerator: Accelerator, train_set: CaptionDataset | JointDataset) -> int:
     return count_steps(args, len(train_set), accelerator.num_processes)
 
 
@@ -47,8 +58,8 @@ def fit(
     accelerator: Accelerator,
     model: torch.nn.Module,
     processor: Blip2xProcessor,
-    train_set: CaptionDataset,
-    eval_set: CaptionDataset | None,
+    train_set: CaptionDataset | JointDataset,
+    eval_set: CaptionDataset | JointDataset | None,
     collator: Callable[[list[dict]], dict],
     *,
     validate: Callable[[bool], dict],
@@ -63,6 +74,7 @@ def fit(
     """
     output_dir, max_steps = Path(args.output_dir), steps_of(args, accelerator, train_set)
     model.check_processor(processor)
+    model.config.interpolate_pos_encoding = has_other_size(model, processor)
     if args.lora:
         add_lora(model, args.lora)
     accelerator.print(model.trainable_parameters_summary())
@@ -77,11 +89,12 @@ def fit(
     # Batches, from where an earlier run of this folder stopped
     open_output_dir(args, accelerator)
     state = read_state(output_dir)
+    record_skips(accelerator, output_dir, args.max_skip_fraction, train_set, eval_set, state["samples_seen"])
+    parts = train_set.parts
     order = BatchOrder(
-        len(train_set),
+        visit_order([len(part) for part in parts], [part.shards for part in parts], args.dataset_weights, args.seed),
         args.per_device_train_batch_size,
         (max_steps - state["step"]) * args.gradient_accumulation_steps,
-        seed=args.seed,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         samples_seen=state["samples_seen"],
@@ -93,6 +106,7 @@ def fit(
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),
+        layer_decay=getattr(args, "layer_decay", 1.0),
     )
     schedule = functools.partial(
         learning_rate_at,

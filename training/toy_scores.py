@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from collators import Stage1Collator
-from data import CaptionDataset, load_rows
+from data import CaptionDataset
 from PIL import Image
 from scenes import IMAGE_SIZE, QUESTION_TYPES
+from sources import load_rows
 from validation import RetrievalSet, recall_at_k, rerank
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor

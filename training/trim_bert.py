@@ -14,8 +14,11 @@ from pathlib import Path
 
 import torch
 from args import parse_arguments
-from data import load_rows, read_texts, require_column
+from data import read_turns
 from fields import doc
+from images import BadRow
+from rows import TEXT_COLUMNS, find_column
+from sources import load_rows
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -28,7 +31,7 @@ class TrimArguments:
     dataset: str | None = doc(None, "As in training. Required.")
     output_dir: str | None = doc(None, "Folder of the smaller BERT. Required.")
     train_split: str = doc("train", "As in training.")
-    text_column: str = doc("text", "As in training.")
+    text_column: str | None = doc(None, "As in training.")
     clean_captions: bool = doc(True, "As in training.")
     num_layers: int | None = doc(None, "Layers to keep, from the first; null keeps all.")
     dropout: float | None = doc(
@@ -77,8 +80,11 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: list[int]) -> Pr
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(TrimArguments, sys.argv[1:] if argv is None else argv)
     rows = load_rows(args.dataset, args.train_split)
-    require_column(rows, args.text_column, "text_column")
-    texts = [text for row in read_texts(rows, args.text_column, args.clean_captions) for text in row]
+    column = find_column(rows, args.text_column, TEXT_COLUMNS, "text_column")
+    usable = [row for row in read_turns(rows, column, None, args.clean_captions) if not isinstance(row, BadRow)]
+    texts = [text for row in usable for _, answers in row for text in answers]
+    if not texts:
+        raise ValueError(f"--text_column {column} of {args.dataset} holds no text. Name another.")
     tokenizer = AutoTokenizer.from_pretrained(args.bert)
     model = AutoModel.from_pretrained(args.bert)
     if 2 * len(tokenizer) < model.config.vocab_size:

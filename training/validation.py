@@ -6,8 +6,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
-from data import BatchOrder, CaptionDataset, make_loader
+from data import CaptionDataset, make_loader
 from loop import MEASURED
+from order import BatchOrder, EpochOrder
 
 
 def validate_image_text(
@@ -23,10 +24,9 @@ def validate_image_text(
     if dataset is None:
         return {}
     order = BatchOrder(
-        len(dataset),
+        EpochOrder(len(dataset), seed=0),
         batch_size,
         max(1, len(dataset) // (batch_size * accelerator.num_processes)),
-        seed=0,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )

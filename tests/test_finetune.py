@@ -1,0 +1,140 @@
+"""Fine-tuning through the real script: each task, what trains, what is kept in the checkpoint, and refusals."""
+
+import json
+from pathlib import Path
+
+import finetune
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_training_run import COMMON, metrics, stage1, stage2
+from tiny import image
+from training_parts import make_image_folder, make_language_model, make_vision_model
+from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
+
+QUESTIONS = ["What colour is the square?", "Where is the square?"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    """data/ (captions), vqa/ (question, answers), tower/, stage1/, stage2_opt/ and, with a reading Q-Former, stage2_t5/."""
+    root = tmp_path_factory.mktemp("finetune")
+    make_image_folder(root / "data", {"train": 8, "validation": 4})
+    make_image_folder(root / "vqa", {"train": 8, "validation": 4})
+    for split in ("train", "validation"):
+        path = root / "vqa" / split / "metadata.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            colour = row.pop("captions")[0].split()[1]
+            row |= {"question": QUESTIONS[number % 2], "answers": [colour] * 7 + ["white"] * 3, "image_id": number // 2}
+        path.write_text("\n".join(map(json.dumps, rows)))
+    make_vision_model(root / "tower")
+    stage1(root, root / "stage1", "--max_steps", "1")
+    stage2(root, root / "stage2_opt", "opt", "--max_steps", "1")
+    stage2(root, root / "stage2_t5", "t5", "--max_steps", "1", "--qformer_text_input", "true", "--prompt", "a photo of")
+    return root
+
+
+def tune(parts: Path, out: Path, task: str, start: str, *flags: str) -> list[dict]:
+    data = parts / ("vqa" if task in ("vqa", "instruct") else "data")
+    columns = ["--text_column", "answers", "--prompt_column", "question"] if data.name == "vqa" else COMMON[:2]
+    given = ["--task", task, "--dataset", str(data), "--init_from", str(parts / start), "--output_dir", str(out)]
+    finetune.main([*COMMON[2:], *columns, *given, "--max_steps", "2", *flags])
+    return metrics(out)
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """First parts of the names of tensors that training changed."""
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert old.keys() == new.keys()
+    return {".".join(name.split(".")[:2]) for name in old if not torch.equal(old[name], new[name])}
+
+
+@pytest.mark.parametrize("start", ["stage2_opt", "stage2_t5"])
+def test_vqa(parts, tmp_path, start):
+    reads = start == "stage2_t5"
+    flags = ["--eval_split", "validation", "--qformer_text_input", str(reads)]
+    lines = tune(parts, tmp_path / "out", "vqa", start, *flags)
+    assert "eval_token_accuracy" in lines[-1]
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert model.config.prompt_template == "Question: {} Answer:"
+    trained = {"model.qformer", "model.query_tokens", "model.ln_vision"}
+    assert (
+        trained
+        <= changed(parts / start, tmp_path / "out")
+        <= {
+            *trained,
+            "language_projection.weight",
+            "language_projection.bias",
+        }
+    )
+    prompts = [model.config.prompt_template.format(question) for question in QUESTIONS]
+    inputs = processor(images=[image()] * 2, text=prompts, padding=True, return_tensors="pt")
+    assert ("qformer_input_ids" in inputs) == reads
+    assert len(processor.batch_decode_new(model.generate(**inputs, max_new_tokens=3), inputs["input_ids"])) == 2
+
+
+def test_vqa_does_not_flip_or_crop_unless_told(parts, tmp_path):
+    import yaml
+
+    tune(parts, tmp_path / "out", "vqa", "stage2_opt")
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["augment"] is False
+    tune(parts, tmp_path / "told", "vqa", "stage2_opt", "--augment", "true")
+    assert yaml.safe_load((tmp_path / "told" / "config.yaml").read_text())["augment"] is True
+
+
+def test_caption_trains_the_tower_too_and_at_another_size(parts, tmp_path):
+    flags = ["--train_vision", "true", "--layer_decay", "0.5", "--image_size", "42"]
+    lines = tune(parts, tmp_path / "out", "caption", "stage2_opt", *flags)
+    assert "model.vision_model" in changed(parts / "stage2_opt", tmp_path / "out") and len(lines) == 2
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert model.config.interpolate_pos_encoding and model.config.prompt_template == "a photo of"
+    inputs = processor(images=image(), text="a photo of", return_tensors="pt")
+    assert inputs["pixel_values"].shape[-2:] == (42, 42)
+    assert torch.isfinite(model(**inputs).logits).all()
+
+
+def test_retrieval(parts, tmp_path):
+    lines = tune(parts, tmp_path / "out", "retrieval", "stage1", "--eval_split", "validation", "--rerank_k", "2")
+    assert {"i2t_r1", "i2t_r1_itm"} <= lines[-1].keys() and lines[0]["loss_itg"] > 0
+    assert AutoModelForPreTraining.from_pretrained(tmp_path / "out").config.text_config is None
+
+
+def test_instruct_from_stage1_with_lora(parts, tmp_path):
+    if not (parts / "llama").exists():
+        make_language_model(parts / "llama", "llama")
+    flags = [
+        "--language_model",
+        str(parts / "llama"),
+        "--qformer_text_input",
+        "true",
+        "--lora",
+        "lm",
+        "--merge_lora",
+        "true",
+    ]
+    tune(parts, tmp_path / "out", "instruct", "stage1", *flags)
+    for folder in (tmp_path / "out", tmp_path / "out" / "merged"):
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        assert model.config.prompt_template == "{}"
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "task, start, flags, message",
+    [
+        ("retrieval", "stage2_opt", [], "holds a stage-2 model"),
+        ("vqa", "stage1", [], "Pass --language_model"),
+        ("vqa", "stage2_opt", ["--qformer_text_input", "true"], "reads no text"),
+        ("vqa", "stage2_t5", [], "Pass --qformer_text_input true"),
+        ("vqa", "stage2_opt", ["--prompt", "Answer"], "needs {} where the question goes"),
+        ("caption", "stage2_opt", ["--layer_decay", "0.9"], "the tower is frozen"),
+        ("chat", "stage2_opt", [], "choose from caption, vqa, instruct, retrieval"),
+    ],
+)
+def test_refusals(parts, tmp_path, task, start, flags, message):
+    with pytest.raises(ValueError, match=message):
+        tune(parts, tmp_path / "out", task, start, *flags)
+    assert not (tmp_path / "out").exists()

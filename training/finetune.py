@@ -1,0 +1,135 @@
+"""Fine-tuning on one task: caption, vqa, instruct (stage-2 models) or retrieval (stage-1 models); section 4.
+
+    accelerate launch training/finetune.py --config training/configs/finetune_vqa.yaml --task vqa \
+        --dataset DIR --init_from STAGE2 --output_dir OUT
+
+The language model stays frozen (`--lora lm` adds an adapter), the Q-Former trains, and with `--train_vision true` the
+vision tower too. A stage-1 folder and `--language_model` may stand in for a stage-2 folder. The same command again
+continues from the last whole checkpoint. --help lists the fields.
+"""
+
+import sys
+
+from args import parse_arguments
+from collators import Stage1Collator, language_collator
+from fields import FinetuneArguments
+from inputs import load_image_processor, start_run
+from pretrain_stage1 import hardness_at
+from pretrain_stage2 import freeze_text_branch
+from run import already_finished, fit, load_splits, steps_of
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from validation import validate_image_text, validate_language
+
+from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(FinetuneArguments, sys.argv[1:] if argv is None else argv)
+    accelerator = start_run(args, unused_parameters=args.task == "retrieval" and len(args.objectives) < 3)
+    image_processor = load_image_processor(args.init_from, args.image_size)
+    train_set, eval_set = load_splits(args, accelerator, image_processor, args.prompt)
+    if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
+        return
+    tune = tune_retrieval if args.task == "retrieval" else tune_language
+    tune(args, accelerator, image_processor, train_set, eval_set)
+
+
+def tune_retrieval(args, accelerator, image_processor, train_set, eval_set) -> None:
+    """The objectives of stage 1 (section 4.4). Rows that show the same image are positives of one another."""
+    if AutoConfig.from_pretrained(args.init_from).text_config is not None:
+        raise ValueError(f"--init_from {args.init_from} holds a stage-2 model. Retrieval tunes a stage-1 model.")
+    model = Blip2xForPreTraining.from_pretrained(args.init_from)
+    model.config.objectives = args.objectives
+    processor = Blip2xProcessor(image_processor, AutoProcessor.from_pretrained(args.init_from).tokenizer)
+    choose_trained_parts(model, args.train_vision)
+
+    def negatives(forward: int) -> dict:
+        step = forward // args.gradient_accumulation_steps
+        return {
+            "negative_seed": args.seed * 1_000_003 + forward,
+            "negative_hardness": hardness_at(step, args.hard_negative_steps),
+        }
+
+    def validate(final: bool) -> dict:
+        collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=False)
+        rerank_k = args.rerank_k if final else 0
+        return validate_image_text(accelerator, model, eval_set, collator, args.eval_batch_size, rerank_k, args.seed)
+
+    collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=args.augment)
+    fit(
+        args,
+        accelerator,
+        model,
+        processor,
+        train_set,
+        eval_set,
+        collator,
+        validate=validate,
+        forward_inputs=negatives,
+    )
+
+
+def tune_language(args, accelerator, image_processor, train_set, eval_set) -> None:
+    """The language model's loss on caption, answer or output, given image and prompt (sections 4.2 and 4.3)."""
+    model, processor = load_language_side(args, image_processor)
+    model.config.prompt_template = args.prompt or None
+    choose_trained_parts(model, args.train_vision)
+    if processor.qformer_tokenizer is None:
+        freeze_text_branch(model)
+
+    def validate(final: bool) -> dict:
+        collator = language_collator(model, processor, args.max_text_length, cropped=False)
+        return validate_language(accelerator, model, eval_set, collator, args.eval_batch_size)
+
+    collator = language_collator(model, processor, args.max_text_length, cropped=args.augment)
+    fit(args, accelerator, model, processor, train_set, eval_set, collator, validate=validate)
+
+
+def load_language_side(args, image_processor) -> tuple[Blip2xForConditionalGeneration, Blip2xProcessor]:
+    """A stage-2 folder, or a stage-1 folder with a language model, and the processor that fits."""
+    config = AutoConfig.from_pretrained(args.init_from)
+    saved = AutoProcessor.from_pretrained(args.init_from)
+    if config.text_config is None:
+        if args.language_model is None:
+            raise ValueError(
+                f"--init_from {args.init_from} holds a stage-1 model. Pass --language_model, or a stage-2 folder."
+            )
+        reader = saved.tokenizer if args.qformer_text_input else None
+        tokenizer = AutoTokenizer.from_pretrained(args.language_model)
+        processor = Blip2xProcessor(image_processor, tokenizer, reader, config.num_query_tokens)
+        model = Blip2xForConditionalGeneration.from_stage1(
+            args.init_from,
+            args.language_model,
+            image_token_index=processor.image_token_id,
+            use_qformer_text_input=args.qformer_text_input,
+        )
+        return model, processor
+    if args.language_model is not None:
+        raise ValueError(
+            f"--language_model is {args.language_model}, but --init_from {args.init_from} has one. Drop it."
+        )
+    reader = saved.qformer_tokenizer
+    if args.qformer_text_input and reader is None:
+        raise ValueError(
+            f"--qformer_text_input is true, but the Q-Former of --init_from {args.init_from} reads no text. Train stage 2 "
+            "with --qformer_text_input true, or start from the stage-1 folder and --language_model."
+        )
+    if reader is not None and not args.qformer_text_input:
+        raise ValueError(
+            f"The Q-Former of --init_from {args.init_from} reads the prompt. Pass --qformer_text_input true."
+        )
+    model = Blip2xForConditionalGeneration.from_pretrained(args.init_from)
+    return model, Blip2xProcessor(image_processor, saved.tokenizer, reader, config.num_query_tokens)
+
+
+def choose_trained_parts(model, train_vision: bool) -> None:
+    model.freeze_unimodal()
+    if train_vision:
+        model.unfreeze_vision()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,145 @@
+"""Images of rows: where they are, which rows show the same one, and opening one whatever is wrong with it."""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow.compute
+from PIL import Image, UnidentifiedImageError
+from rows import Rows
+from tars import read_member
+
+from modeling_blip2x.processing_blip2x import upright
+
+MAX_PIXELS = 2**26  # 67 megapixels, 200 MB as RGB; what is larger counts as a decompression bomb
+ENDS = 4096  # bytes at either end of an embedded image that tell it from others of its length
+NO_NAME = "no name"
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on; the message is the reason."""
+
+
+def keep_encoded(rows: datasets.Dataset | Rows, image_column: str) -> datasets.Dataset | Rows:
+    """Keep images as bytes or path, so that scanning rows decodes nothing and errors can name the file."""
+    if isinstance(rows, datasets.Dataset) and isinstance(rows.features[image_column], datasets.Image):
+        return rows.cast_column(image_column, datasets.Image(decode=False))
+    return rows
+
+
+def image_source(value: dict | str | None, folder: Path | None) -> tuple[io.BytesIO | Path, str]:
+    """What PIL opens, and a name for messages. Raises BadRow where there is neither."""
+    name = image_name(value, folder)
+    if isinstance(value, dict) and value.get("bytes"):
+        return io.BytesIO(value["bytes"]), name
+    if isinstance(value, dict) and "tar" in value:
+        return io.BytesIO(read_member(value)), name
+    if name == NO_NAME:
+        raise BadRow("no image")
+    return Path(name), name
+
+
+def image_name(value: dict | str | None, folder: Path | None) -> str:
+    """What a report calls the image; reads nothing."""
+    path = value.get("path") if isinstance(value, dict) else value
+    if not isinstance(path, str) or not path:
+        return "embedded bytes" if isinstance(value, dict) and value.get("bytes") else NO_NAME
+    inside = isinstance(value, dict) and ("tar" in value or value.get("bytes"))
+    return path if inside or folder is None else str(folder / path)  # an absolute path stays
+
+
+def image_mark(value: dict | str | None, folder: Path | None) -> bytes:
+    """What tells an image from others of a data set: its name and size in bytes, its content where it has no name."""
+    if isinstance(value, dict) and value.get("bytes"):
+        name, size = value.get("path"), len(value["bytes"])
+        if not name:
+            return value["bytes"]
+    elif isinstance(value, dict) and "tar" in value:
+        name, size = value["path"], value["size"]
+    else:
+        name = image_name(value, folder)
+        size = Path(name).stat().st_size if Path(name).exists() else None
+    return f"{Path(name).name} {size}\n".encode()
+
+
+def open_image(value: dict | str | None, folder: Path | None) -> Image.Image:
+    """The RGB image, the way up that its EXIF data says, as the processor turns it.
+
+    Raises BadRow for one that is missing, empty, cut off, of no known format or of more than `MAX_PIXELS`.
+    """
+    source, _ = image_source(value, folder)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the stricter limit
+            image = Image.open(source)
+        if image.width * image.height > MAX_PIXELS:
+            raise BadRow(f"decompression bomb: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+        return upright(image).convert("RGB")
+    except BadRow:
+        raise
+    except FileNotFoundError as error:
+        raise BadRow("the file is missing") from error
+    except UnidentifiedImageError as error:
+        size = source.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
+        raise BadRow("no known image format" if size else "the file is empty") from error
+    except Image.DecompressionBombError as error:
+        raise BadRow(f"decompression bomb: {error}") from error
+    except Exception as error:  # a damaged file can fail in any way
+        raise BadRow(f"{type(error).__name__}: {error}") from error
+
+
+def image_keys(images: datasets.Dataset | Rows, column: str, folder: Path | None) -> Iterator[str | BadRow]:
+    """For each row something equal for equal images, or what is wrong; reads no image, looks whether files exist.
+
+    A file's path; a member's name and tar; of embedded bytes their number and a hash of both ends, since names of files
+    from several folders repeat in parquet.
+    """
+    embedded = isinstance(images, datasets.Dataset) and isinstance(images.features[column], datasets.Image)
+    for value, key in embedded_images(images, column) if embedded else ((row[column], None) for row in images):
+        try:
+            if key is None and isinstance(value, dict) and "tar" in value:
+                key = value["path"]
+            if key is None:
+                source, key = image_source(value, folder)
+                if isinstance(source, Path) and not source.exists():
+                    raise BadRow("the file is missing")
+            yield key
+        except BadRow as error:
+            yield error
+
+
+def embedded_images(images: datasets.Dataset, column: str) -> Iterator[tuple[dict, str | None]]:
+    """(`{"path"}`, key of the bytes or None) of each row; touches both ends of the bytes only, which are memory-mapped."""
+    for table in images.with_format("arrow").iter(1000):
+        values = table[column].combine_chunks()
+        paths, contents = (pyarrow.compute.struct_field(values, name) for name in ("path", "bytes"))
+        for path, content in zip(paths.to_pylist(), contents, strict=True):
+            key = None
+            if content.is_valid and content.as_buffer().size:
+                view = memoryview(content.as_buffer())
+                digest = hashlib.sha256(view[:ENDS])
+                digest.update(view[-ENDS:])
+                key = f"{len(view)} bytes {digest.hexdigest()}"
+            yield {"path": path}, key
+
+
+def number_images(keys: list[str | BadRow], ids: list | None, known: dict) -> list[int]:
+    """A number for each row, the same for rows with an equal key or an equal id; -1 for bad rows.
+
+    `known` keeps what was numbered before, for data sets that show the same files.
+    """
+    numbers, count = [], max(known.values(), default=-1) + 1
+    for row, key in enumerate(keys):
+        if isinstance(key, BadRow):
+            numbers.append(-1)
+            continue
+        named = (key,) if ids is None or ids[row] is None else (key, ("id", ids[row]))
+        number = next((known[name] for name in named if name in known), count)
+        count = max(count, number + 1)
+        for name in named:
+            known.setdefault(name, number)
+        numbers.append(number)
+    return numbers
