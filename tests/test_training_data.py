@@ -1,6 +1,5 @@
-"""Data: clear errors for bad rows, order of samples, collators, caption clean-up, schedule."""
+"""Data: clear errors for wrong arguments, drawn captions, the training transform, collators, caption clean-up, schedule."""
 
-import json
 import random
 
 import numpy as np
@@ -8,11 +7,13 @@ import pytest
 import torch
 import trim_bert
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
-from data import BatchOrder, CaptionDataset, load_rows
+from data import CaptionDataset
+from inputs import output_size
 from optim import build_optimizer, learning_rate_at
 from PIL import Image
 from pretrain_stage1 import hardness_at
-from tiny import QUERIES, batch, bert_tokenizer, image, llm_tokenizer, stage1, stage2_processor
+from sources import load_rows
+from tiny import QUERIES, batch, bert_tokenizer, image, image_processor, llm_tokenizer, stage1, stage2_processor
 from training_parts import make_image_folder
 from transformers import BertConfig, BertModel
 from transforms import augment_image, clean_caption
@@ -24,11 +25,6 @@ COLUMNS = {"image_column": "image", "text_column": "captions"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_image_folder(tmp_path_factory.mktemp("data"), {"train": 6})
-
-
-def json_rows(tmp_path, rows):
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    return load_rows(str(tmp_path / "rows.json"), "train")
 
 
 def test_missing_dataset_split_and_column_are_named(tmp_path, folder):
@@ -43,37 +39,6 @@ def test_missing_dataset_split_and_column_are_named(tmp_path, folder):
         CaptionDataset(load_rows(str(folder), "train"), image_column="image", text_column="caption")
 
 
-@pytest.mark.parametrize(
-    "caption, part",
-    [("  ", "empty caption"), (" .!", "empty caption"), ([], "must hold a text"), (None, "must hold a text")],
-)
-def test_bad_captions_name_the_row(tmp_path, caption, part):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    rows = json_rows(
-        tmp_path,
-        [
-            {"image": "a.png", "captions": "good" if isinstance(caption, str) else ["good"]},
-            {"image": "a.png", "captions": caption},
-        ],
-    )
-    with pytest.raises(ValueError, match=f"Row 1.*{part}"):
-        CaptionDataset(rows, folder=tmp_path, **COLUMNS)
-
-
-def test_missing_and_broken_images_name_row_and_path(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1 image\(s\) are missing, the first: row 1: .*b.png"):
-        CaptionDataset(
-            json_rows(tmp_path, [{"image": f, "captions": "x"} for f in ("a.png", "b.png")]), folder=tmp_path, **COLUMNS
-        )
-    dataset = CaptionDataset(
-        json_rows(tmp_path, [{"image": "broken.png", "captions": "x"}]), folder=tmp_path, **COLUMNS
-    )
-    with pytest.raises(ValueError, match=r"row 0 \(.*broken.png\) cannot be read"):
-        dataset[0, 0]
-
-
 def test_one_caption_is_drawn_each_visit_reproducibly(folder):
     rows = load_rows(str(folder), "train")
     first, second = (CaptionDataset(rows, seed=3, crop_size=(28, 28), **COLUMNS) for _ in range(2))
@@ -84,13 +49,33 @@ def test_one_caption_is_drawn_each_visit_reproducibly(folder):
     assert not np.array_equal(drawn[0]["image"], drawn[1]["image"])
 
 
-def test_order_of_samples_does_not_depend_on_processes_or_interruption():
-    whole = [key for batch in BatchOrder(7, 4, 6, seed=1) for key in batch]
-    ranks = [list(BatchOrder(7, 2, 6, seed=1, rank=rank, num_processes=2)) for rank in range(2)]
-    assert [key for pair in zip(*ranks) for batch in pair for key in batch] == whole
-    assert [key for batch in BatchOrder(7, 4, 3, seed=1, samples_seen=12) for key in batch] == whole[12:]
-    assert sorted(row for epoch, row in whole if epoch == 1) == list(range(7))
-    assert [row for epoch, row in whole if epoch == 0] != [row for epoch, row in whole if epoch == 1]
+def test_training_images_are_normalised_by_the_towers_own_mean_and_std(folder):
+    rows = load_rows(str(folder), "train")
+    processor = image_processor()
+    processor.image_mean, processor.image_std = [0.1, 0.5, 0.9], [0.2, 0.4, 0.8]
+    height, width = output_size(processor)
+    tokenizer = build_tokenizer(["a"], 1)
+    for crop_size in ((height, width), None):
+        data = CaptionDataset(rows, crop_size=crop_size, **COLUMNS)
+        drawn = [data[epoch, 0] for epoch in range(3)]
+        pixels = Stage1Collator(processor, tokenizer, 8, cropped=crop_size is not None)(drawn)["pixel_values"]
+        for item, tensor in zip(drawn, pixels):
+            if crop_size is None:  # as in inference
+                expected = processor(images=item["image"], return_tensors="pt")["pixel_values"][0]
+                assert np.array_equal(item["image"], data.image(0))
+            else:
+                values = np.asarray(item["image"], np.float32) / 255
+                expected = torch.tensor((values - processor.image_mean) / processor.image_std).permute(2, 0, 1).float()
+            assert tensor.shape == (3, height, width) and torch.allclose(tensor, expected, atol=1e-5)
+
+
+def test_crops_cover_half_of_the_area_or_more_and_are_flipped_half_of_the_time():
+    ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (200, 1, 3))  # brightness is the column
+    crops = [np.asarray(augment_image(Image.fromarray(ramp), (20, 20), random.Random(n)), int) for n in range(400)]
+    spans = [abs(crop[:, -1].mean() - crop[:, 0].mean()) * 20 / 19 for crop in crops]
+    flipped = sum(crop[:, -1].mean() < crop[:, 0].mean() for crop in crops)
+    assert 160 < flipped < 240
+    assert min(spans) > 200 * (0.5 * 3 / 4) ** 0.5 - 4 and max(spans) > 190  # width of the narrowest allowed crop
 
 
 def test_clean_caption_follows_the_paper():

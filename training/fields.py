@@ -206,7 +206,7 @@ class Stage2Arguments(PretrainingArguments):
     language_model: str | None = doc(None, "Id or folder of the frozen LLM, decoder-only or encoder-decoder. Required.")
     prompt: str = doc("", "Text before each supervised text; it is not supervised itself.")
     prompt_column: str | None = doc(
-        None, "Column with a prompt for each text (a list if the texts are one) in place of `prompt`."
+        None, "Column with a prompt for the texts, or with one for each; null finds it where `prompt` has a {} for it."
     )
     qformer_text_input: bool = doc(
         False, "The Q-Former reads the prompt too; needs init_from, whose text branch it keeps."

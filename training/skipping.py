@@ -78,7 +78,7 @@ class SkipLog:
 
     def start(self, write: bool) -> None:
         """Write what was left out from the start (on one process), and judge it."""
-        if write:
+        if write and self.left_out:
             self.append(self.left_out)
         self.judge(0)
 

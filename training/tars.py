@@ -47,7 +47,8 @@ def tar_rows(paths: list[str]) -> Rows:
             shards.append(shard)
             names.append(name)
             places.append(place)
-            samples.append(texts)
+            caption = texts.get("caption", texts.get("captions"))
+            samples.append(texts if caption is None else {"text": caption, **texts})  # shards of both kinds go together
     numbers = np.array(shards, dtype=np.int64)
     images = TarImages(paths, numbers, names, np.array(places, dtype=np.int64).reshape(-1, 2))
     return Rows({"image": images, **Rows.from_dicts(samples).columns}, numbers)
