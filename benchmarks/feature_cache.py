@@ -28,9 +28,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "training")]
 
 import cache_features  # noqa: E402
 from collators import Stage1Collator  # noqa: E402
-from data import BatchOrder, CaptionDataset, load_rows, make_loader  # noqa: E402
+from data import CaptionDataset, make_loader  # noqa: E402
 from features import tower_fingerprint, use_feature_cache  # noqa: E402
 from optim import build_optimizer  # noqa: E402
+from order import BatchOrder, EpochOrder  # noqa: E402
+from sources import load_rows  # noqa: E402
 from vocabulary import build_tokenizer  # noqa: E402
 
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig  # noqa: E402
@@ -142,7 +144,7 @@ def measure(name: str, case: Case, steps: int, warmup: int, bf16: bool) -> dict:
         writing = write_cache(folder / "tower", dataset, folder / "cache", model, image_processor, case.batch_size)
         use_feature_cache(str(folder / "cache"), model, image_processor, {"train": cached})
         collator = Stage1Collator(image_processor, processor.tokenizer, 32, cropped=False)
-        order = BatchOrder(len(plain), case.batch_size, warmup + steps, seed=0)
+        order = BatchOrder(EpochOrder(len(plain), seed=0), case.batch_size, warmup + steps)
         loaders = {
             "without": iter(make_loader(plain, order, collator, 0, False)),
             "with": iter(make_loader(cached, order, collator, 0, False)),

@@ -11,7 +11,7 @@ import datasets
 import pytest
 import torch
 from capfilt import Candidate, SeededNucleus, best, candidates_of, load_model, score
-from data import load_rows
+from sources import load_rows
 from tiny import stage2, stage2_processor
 from training_parts import make_image_folder, make_vision_model, run_stage1
 
@@ -59,16 +59,17 @@ def test_training_reads_what_comes_out(parts, tmp_path, capsys):
         assert all((text in web) == (source == "web") for text, source in zip(row["captions"], row["sources"]))
     assert {source for row in rows for source in row["sources"]} == {"web", "synthetic"}
     for number, dataset in enumerate((tmp_path / "out", tmp_path / "out" / "train.jsonl")):
-        assert load_rows(str(dataset), "train")[:]["captions"] == [row["captions"] for row in rows]
+        assert list(load_rows(str(dataset), "train")["captions"]) == [row["captions"] for row in rows]
         lines = run_stage1(dataset, parts / "tower", tmp_path / f"run{number}", "--max_steps", "1")
         assert lines[0]["loss"] > 0
 
 
 @pytest.mark.parametrize("llm", ["opt", "t5"])
 def test_a_stage2_captioner_with_a_stage1_scorer(parts, tmp_path, llm):
-    processor = stage2_processor(bos=llm == "opt", prompt_template="a photo of")
+    processor = stage2_processor(bos=llm == "opt")
     processor.save_pretrained(tmp_path / "stage2")
-    stage2(llm, std=0.3, image_token_index=processor.image_token_id).save_pretrained(tmp_path / "stage2")
+    model = stage2(llm, std=0.3, image_token_index=processor.image_token_id, prompt_template="a photo of")
+    model.save_pretrained(tmp_path / "stage2")
     flags = ("--captioner", str(tmp_path / "stage2"), "--keep", "6")
     rows = bootstrap(parts, tmp_path / "out", *flags, "--scorer", str(parts / "stage1"))
     drawn = {text for row in rows for text, source in zip(row["captions"], row["sources"]) if source == "synthetic"}
@@ -76,7 +77,8 @@ def test_a_stage2_captioner_with_a_stage1_scorer(parts, tmp_path, llm):
     with pytest.raises(ValueError, match="holds a stage-2 model, which does not score pairs. Pass a stage-1 folder"):
         bootstrap(parts, tmp_path / "other", *flags)
     with pytest.raises(ValueError, match="'Question: {} Answer:', a question. Pass --prompt"):
-        stage2_processor(prompt_template="Question: {} Answer:").save_pretrained(tmp_path / "stage2")
+        model.config.prompt_template = "Question: {} Answer:"
+        model.save_pretrained(tmp_path / "stage2")
         bootstrap(parts, tmp_path / "other", *flags, "--scorer", str(parts / "stage1"))
     assert not (tmp_path / "other").exists()
 
@@ -184,11 +186,17 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(parts, tmp_path, monkey
 def test_images_that_cannot_be_read_are_left_out_and_named(parts, tmp_path, capsys):
     shutil.copytree(parts / "data", tmp_path / "data")
     (tmp_path / "data" / "train" / "3.png").write_bytes(b"no image")
-    rows = bootstrap(parts, tmp_path / "out", "--dataset", str(tmp_path / "data"))
+    flags = ("--dataset", str(tmp_path / "data"))
+    with pytest.raises(ValueError, match="1 of 10 rows are left out after .*, above --max_skip_fraction 0.01"):
+        bootstrap(parts, tmp_path / "out", *flags)
+    assert "3.png" in (tmp_path / "out" / "skipped.jsonl").read_text()
+    rows = bootstrap(parts, tmp_path / "out", *flags, "--max_skip_fraction", "0.1")
     assert len(rows) == 9 and not any(row["image"].endswith("/3.png") for row in rows)
     assert "1 image(s) left out" in capsys.readouterr().out
     (report,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
-    assert report["name"].endswith("3.png") and report["split"] == "train" and "3.png" in report["reason"]
+    assert (
+        report["name"].endswith("3.png") and report["split"] == "train" and report["reason"] == "no known image format"
+    )
     others = bootstrap(parts, tmp_path / "whole")  # the other images' captions are what they would have been
     assert [row["captions"] for row in rows] == [r["captions"] for r in others if not r["image"].endswith("/3.png")]
     assert load_rows(str(tmp_path / "out"), "train")[0]["captions"] == rows[0]["captions"]

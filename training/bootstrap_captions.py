@@ -32,10 +32,12 @@ from capfilt import (
     sample_captions,
     score,
 )
-from captioned_rows import Progress, json_lines, name_of, write_dataset, write_whole
-from data import ImageDataset, load_rows, require_column
+from captioned_rows import Progress, json_lines, write_dataset, write_whole
+from data import ImageDataset
 from features import images_fingerprint, weights_fingerprint
 from fields import doc
+from rows import Rows, require_column
+from sources import image_start, load_rows
 from tqdm import tqdm
 
 from modeling_blip2x import Blip2xProcessor
@@ -49,9 +51,11 @@ RANGES = {
     "min_new_tokens": (0, 500),
     "max_text_length": (3, 512),
     "batch_size": (1, 100_000),
+    "max_skip_fraction": (0, 1),
 }
+CAPTION_COLUMNS = ("text", "caption", "captions")
 # Fields that do not decide what comes out.
-FREE = ("output_dir", "captioner", "scorer", "batch_size", "overwrite_output_dir")
+FREE = ("output_dir", "captioner", "scorer", "batch_size", "max_skip_fraction", "overwrite_output_dir")
 
 
 @dataclass
@@ -73,9 +77,14 @@ class BootstrapArguments:
     prompt: str | None = doc(None, "Prompt of a stage-2 captioner; null takes the one it was trained with.")
     max_text_length: int = doc(32, "Longest text that the scorer reads, in tokens.")
     image_column: str = doc("image", "As in training.")
-    text_column: str | None = doc("text", "Column with the web's captions, as in training; null for none.")
+    image_folder: str | None = doc(None, "As in training.")
+    text_column: str | None = doc(
+        None,
+        f"Column with the web's captions; null takes the first of {', '.join(CAPTION_COLUMNS)} that there is, if any.",
+    )
     seed: int = doc(42, "Draws the captions.")
     batch_size: int = doc(16, "Images captioned and ranked at once.")
+    max_skip_fraction: float = doc(0.01, "Images that cannot be read are left out; a larger share stops the run.")
     bf16: bool = doc(False, "bfloat16 autocast.")
     overwrite_output_dir: bool = doc(False, "Start over where output_dir holds this split made otherwise.")
 
@@ -106,8 +115,9 @@ class Models:
     prompt: str
 
 
-def web_captions(rows: datasets.Dataset, column: str | None) -> list[list[str]]:
+def web_captions(rows: datasets.Dataset | Rows, column: str | None) -> list[list[str]]:
     """The captions that each row brings; none where it has none."""
+    column = column or next((name for name in CAPTION_COLUMNS if name in rows.column_names), None)
     if column is None:
         return [[] for _ in range(len(rows))]
     require_column(rows, column, "text_column")
@@ -124,7 +134,7 @@ def caption(
         try:
             pictures[row] = images.image(row)
         except ValueError as error:
-            faults[row] = str(error)
+            faults[row] = str(error.__cause__ or error)
     kept = {}
     if pictures:
         draws = [numbers_of(args.seed, row, args.num_captions, args.max_new_tokens) for row in pictures]
@@ -160,7 +170,7 @@ def caption(
             )
         else:
             reason = faults.get(row, "it has no caption, and none that was drawn has a word")
-            report = {"dataset": args.dataset, "split": args.split, "row": row, "name": name_of(images, row)}
+            report = {"dataset": args.dataset, "split": args.split, "row": row, "name": images.name(row)}
             records.append({"row": row, "skipped": report | {"reason": reason}})
     return records
 
@@ -176,17 +186,38 @@ def load_models(args: BootstrapArguments, device: str) -> Models:
             f"--scorer is {args.scorer}, and {args.scorer or args.captioner} holds a stage-2 model, which does not score "
             "pairs. Pass a stage-1 folder as --scorer."
         )
-    prompt = args.prompt if args.prompt is not None else (words.prompt_template or "")
+    prompt = args.prompt if args.prompt is not None else (captioner.config.prompt_template or "")
     if "{}" in prompt:
         raise ValueError(f"The captioner was trained with the prompt {prompt!r}, a question. Pass --prompt.")
     return Models(captioner, words, scorer, reader, prompt)
 
 
+def write_skipped(output_dir: Path) -> None:
+    """skipped.jsonl from the progress of all splits captioned so far."""
+    skipped = []
+    for path in sorted((output_dir / ".progress").glob("*.jsonl")):
+        records = [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
+        skipped += [record["skipped"] for record in records if "skipped" in record]
+    write_whole(output_dir / "skipped.jsonl", json_lines(skipped))
+
+
+def stop_if_too_many_skipped(progress: Progress, output_dir: Path, num_rows: int, max_fraction: float) -> None:
+    """Raise ValueError where more than this share of all rows has been left out already."""
+    left_out = sum("skipped" in record for record in progress.records)
+    if left_out > max_fraction * num_rows:
+        write_skipped(output_dir)
+        raise ValueError(
+            f"{left_out} of {num_rows} rows are left out after {len(progress.records)}, above --max_skip_fraction "
+            f"{max_fraction}. {output_dir / 'skipped.jsonl'} lists them with the reasons. Repair or remove them and pass "
+            "--overwrite_output_dir, or raise --max_skip_fraction."
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(BootstrapArguments, sys.argv[1:] if argv is None else argv)
     output_dir, split = Path(args.output_dir), args.split.partition("[")[0]
-    rows = load_rows(args.dataset, args.split)
-    images = ImageDataset(rows, args.image_column, Path(args.dataset).parent if Path(args.dataset).is_file() else None)
+    rows = load_rows(args.dataset, args.split, args.image_folder)
+    images = ImageDataset(rows, args.image_column, image_start(args.dataset, args.image_folder))
     web = web_captions(rows, args.text_column)
     models = load_models(args, "cuda" if torch.cuda.is_available() else "cpu")
     identity = {name: value for name, value in asdict(args).items() if name not in FREE}
@@ -202,17 +233,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     for start in tqdm(range(len(progress.records), len(images), args.batch_size), "captions", unit="batch"):
         progress.add(caption(args, images, web, models, range(start, min(start + args.batch_size, len(images)))))
+        stop_if_too_many_skipped(progress, output_dir, len(images), args.max_skip_fraction)
+    stop_if_too_many_skipped(progress, output_dir, len(images), args.max_skip_fraction)
 
     # Everything below is made from the progress alone, so a run that is stopped in it ends the same when repeated.
     if not any("captions" in record for record in progress.records):
         raise ValueError(f"No row of {args.dataset}, split {args.split!r}, has an image and a caption.")
     target = write_dataset(images, progress.records, output_dir, split)
-    skipped = []
-    for path in sorted((output_dir / ".progress").glob("*.jsonl")):  # of all splits captioned so far
-        records = [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
-        skipped += [record["skipped"] for record in records if "skipped" in record]
-    if skipped:
-        write_whole(output_dir / "skipped.jsonl", json_lines(skipped))
+    write_skipped(output_dir)
     sources = [source for record in progress.records for source in record.get("sources", [])]
     left_out = sum("skipped" in record for record in progress.records)
     print(

@@ -8,8 +8,9 @@ from pathlib import Path
 import datasets
 import pyarrow
 import pyarrow.parquet
-from data import ImageDataset, image_source
+from data import ImageDataset
 from features import differences
+from images import image_source
 
 
 class Progress:
@@ -52,13 +53,6 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
-
-
-def name_of(images: ImageDataset, row: int) -> str:
-    try:
-        return image_source(images.images[row][images.image_column], images.folder)[1]
-    except ValueError:
-        return "no image"
 
 
 def write_dataset(images: ImageDataset, records: list[dict], folder: Path, split: str) -> Path:
