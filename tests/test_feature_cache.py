@@ -145,7 +145,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_missing_shards(parts, tmp_path,
         write(parts, cache, *flags)
     with pytest.raises(ValueError, match="no whole cache of split 'train'.*the same command again"):
         load_features(str(cache), "train", {})
-    with pytest.raises(ValueError, match=r"holds another cache of split 'train' \(seed: cache 42, now 7\)"):
+    with pytest.raises(ValueError, match=r"holds another cache of split 'train' \(seed was 42, is now 7\)"):
         write(parts, cache, *flags, "--seed", "7")
     written = (cache / "train-00000-of-00004.npy").stat().st_mtime_ns
     capsys.readouterr()

@@ -142,7 +142,7 @@ def load_features(folder: str, split: str, fingerprint: dict) -> FeatureCache:
 
 
 def differences(cached: dict, wanted: dict) -> str:
-    """What a cache's description says otherwise than wanted; empty where they agree."""
+    """What a description of what is there says otherwise than wanted; empty where they agree."""
     return "; ".join(
-        f"{key}: cache {cached.get(key)!r}, now {value!r}" for key, value in wanted.items() if cached.get(key) != value
+        f"{key} was {cached.get(key)!r}, is now {value!r}" for key, value in wanted.items() if cached.get(key) != value
     )
