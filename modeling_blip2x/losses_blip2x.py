@@ -16,7 +16,9 @@ LABEL_SMOOTHING = 0.1  # ITC and ITG; figure of the official implementation
 
 def image_text_similarity(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
     """Cosines (images, texts) of unit-norm (images, Q, P) and (texts, P): the best query counts (section 3.2, ITC)."""
-    return torch.einsum("iqp,tp->itq", image_features.float(), text_features.float()).amax(dim=-1)
+    # Autocast would round cosines to bfloat16: an error of 1/512, which is 0.03 in logits at temperature 0.07.
+    with torch.autocast(image_features.device.type, enabled=False):
+        return torch.einsum("iqp,tp->itq", image_features.float(), text_features.float()).amax(dim=-1)
 
 
 def positive_pairs(local_ids: torch.Tensor, global_ids: torch.Tensor) -> torch.Tensor:
