@@ -139,6 +139,11 @@ class Stage1Arguments(PretrainingArguments):
         "Steps over which ITM's negatives go from evenly drawn to the paper's hard ones. 0: hard from the start, as in "
         "the paper, which leaves ITM of a short run at the constant predictor (loss 0.6365).",
     )
+    itc_chunk_size: int | None = doc(
+        None,
+        "Pairs whose activations are held at a time: the gradient stays that of the whole batch, for a tenth to a third "
+        "more time. null: all of per_device_train_batch_size.",
+    )
     min_word_count: int = doc(
         5, "Word count in the training captions above which a built vocabulary keeps a word whole."
     )
@@ -153,6 +158,10 @@ class Stage1Arguments(PretrainingArguments):
         for name in self.objectives:
             if name not in known:
                 found.append(f"--objectives holds {name!r}; choose from {', '.join(known)}.")
+        if self.itc_chunk_size and self.torch_compile:
+            found.append(
+                "--torch_compile is true, but with --itc_chunk_size the compiled forward is never called. Drop one."
+            )
         if self.qformer_init and self.qformer_config:
             found.append(
                 "--qformer_init and --qformer_config are both given. A BERT checkpoint brings its own shape: drop one."
@@ -213,6 +222,7 @@ RANGES = {  # field: smallest and largest value
     "save_total_limit": (1, BIG),
     "image_text_hidden_size": (1, BIG),
     "hard_negative_steps": (0, BIG),
+    "itc_chunk_size": (1, BIG),
     "min_word_count": (1, BIG),
     "rerank_k": (0, BIG),
 }
