@@ -4,7 +4,7 @@
 
 Every line is measured in a process of its own: bytes that autograd holds at most, beside parameters and inputs; growth of
 the process's peak memory during the first step (gradients of the parameters among it); CPU seconds, with one thread, of
-the fastest later step.
+the fastest later step; multiplications (FLOPs) as a share of the plain step's.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
 from modeling_blip2x import Blip2xConfig, Blip2xForPreTraining
@@ -73,11 +74,17 @@ class Held:
         self.meter.change(self.key, -1)
 
 
-def mid_size_model() -> Blip2xForPreTraining:
+def mid_size_model(attention: str = "sdpa") -> Blip2xForPreTraining:
     torch.manual_seed(0)
     # The tower is never run: its features are given, as those of a feature cache.
     tower = CLIPVisionConfig(hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=1).to_dict()
-    config = Blip2xConfig(vision_config=tower, qformer_config=QFORMER, num_query_tokens=32, image_text_hidden_size=256)
+    config = Blip2xConfig(
+        vision_config=tower,
+        qformer_config=QFORMER,
+        num_query_tokens=32,
+        image_text_hidden_size=256,
+        attn_implementation=attention,
+    )
     model = Blip2xForPreTraining(config)
     model.freeze_unimodal()
     return model.train()
@@ -103,8 +110,8 @@ def peak_of_process() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def measure(rows: int, chunk_size: int | None, steps: int) -> tuple[float, float, float]:
-    """(saved MB, growth of the process's peak in MB, CPU seconds a step)."""
+def measure(rows: int, chunk_size: int | None, steps: int) -> tuple[float, float, float, int]:
+    """(saved MB, growth of the process's peak in MB, CPU seconds a step, FLOPs of matrix products a step)."""
     torch.set_num_threads(1)
     model, batch = mid_size_model(), random_batch(rows)
     step = step_of(model, batch, chunk_size)
@@ -118,7 +125,9 @@ def measure(rows: int, chunk_size: int | None, steps: int) -> tuple[float, float
         seconds.append(time.process_time() - start)
     with SavedBytes([*model.parameters(), *batch.values()]) as saved:
         step()
-    return saved.peak / 2**20, growth, min(seconds)
+    with FlopCounterMode(display=False) as flops:  # which does not know the CPU's fused attention
+        step_of(mid_size_model("eager"), batch, chunk_size)()
+    return saved.peak / 2**20, growth, min(seconds), flops.get_total_flops()
 
 
 def main() -> None:
@@ -127,15 +136,15 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2, help="Steps timed; the fastest counts.")
     args = parser.parse_args()
-    print(f"{'batch':>5} {'chunk':>6} {'saved MB':>10} {'peak MB':>9} {'s / step':>9} {'of plain':>9}")
+    print(f"{'batch':>5} {'chunk':>6} {'saved MB':>10} {'peak MB':>9} {'CPU s':>9} {'of plain':>9} {'FLOPs':>6}")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         for rows in [args.chunk, *args.batches]:
             plain = None
             for chunk_size in (None, args.chunk):
-                saved, growth, seconds = fresh.apply(measure, (rows, chunk_size, args.steps))
-                plain = plain or seconds
-                chunk = chunk_size or "plain"
-                print(f"{rows:>5} {chunk:>6} {saved:>10.1f} {growth:>9.1f} {seconds:>9.2f} {seconds / plain:>9.2f}")
+                saved, growth, seconds, flops = fresh.apply(measure, (rows, chunk_size, args.steps))
+                plain = plain or (seconds, flops)
+                line = f"{rows:>5} {chunk_size or 'plain':>6} {saved:>10.1f} {growth:>9.1f} {seconds:>9.2f}"
+                print(f"{line} {seconds / plain[0]:>9.2f} {flops / plain[1]:>6.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from chunked import chunked_step
 from chunked_contrast import SavedBytes
 from tiny import QUERIES, batch, stage1
 from transformers.modeling_outputs import BaseModelOutput
@@ -216,6 +219,23 @@ def test_float16_with_a_loss_scaler():
     exact = plain(make(), inputs())[1]
     for name, gradient in exact.items():
         assert (found[name] - gradient).norm() < 0.02 * gradient.norm() + 1e-4, name
+
+
+def test_accelerate_brings_autocast_and_accumulation():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", gradient_accumulation_steps=2, cpu=True)
+    try:
+        model = accelerator.prepare(make())
+        dtypes = set()
+        model.vision_projection.register_forward_hook(lambda module, given, output: dtypes.add(output.dtype))
+        for _ in range(2):
+            with accelerator.accumulate(model):
+                chunked_step(3)(accelerator, model, inputs() | {"negative_seed": 5})
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    _, expected = chunked(make(), inputs(), 3, autocast=bfloat16)
+    assert dtypes == {torch.bfloat16}
+    assert all(torch.allclose(gradient, expected[name]) for name, gradient in gradients(model).items())
 
 
 def peak_of(rows: int, chunk_size: int | None) -> int:
