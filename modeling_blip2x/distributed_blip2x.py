@@ -4,6 +4,8 @@ Per step a rank sends its ITC features (gathered with gradient), its token ids, 
 other rank drew as hard negatives (`fetch_rows`). Image features are never all-gathered.
 """
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 
@@ -63,11 +65,37 @@ def global_mean(local_sum: torch.Tensor, local_count: torch.Tensor | int) -> tor
     """
     count = torch.as_tensor(local_count, dtype=local_sum.dtype, device=local_sum.device)
     if world_size() == 1:
-        return local_sum / count.clamp(min=1)
-    totals = torch.stack([local_sum.detach(), count])
-    dist.all_reduce(totals)
-    share = local_sum * world_size() / totals[1].clamp(min=1)
-    return share + (totals[0] / totals[1].clamp(min=1) - share.detach())
+        return global_share(local_sum, count)
+    total, total_count = global_sum(torch.stack([local_sum.detach(), count]))
+    share = global_share(local_sum, total_count)
+    return share + (total / total_count.clamp(min=1) - share.detach())
+
+
+def global_sum(local: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, without gradient; the same on every rank."""
+    total = local.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def global_share(local_sum: torch.Tensor, global_count: torch.Tensor) -> torch.Tensor:
+    """What this rank's sum, or a part of it, adds to a global mean, times world_size: its gradient is for DDP's mean."""
+    return local_sum * world_size() / global_count.clamp(min=1)
+
+
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replace each gradient by its mean over ranks, as DDP does after a backward that went through it.
+
+    Collective: every rank calls it, with gradients on the same parameters. Doing it again changes nothing.
+    """
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for reduction in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+        reduction.wait()
+    for gradient in gradients:
+        gradient.div_(world_size())
 
 
 class _GatherRows(torch.autograd.Function):

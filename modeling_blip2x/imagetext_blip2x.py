@@ -4,6 +4,7 @@
 (pretraining_blip2x.py) one with the three losses. Both have the same weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .distributed_blip2x import batch_sizes, fetch_rows, gather_rows, gather_text, rank
 from .losses_blip2x import (
+    ItmPairs,
     draw_hard_negatives,
     image_text_similarity,
     itm_loss,
@@ -273,11 +275,23 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         local, device = len(vision.last_hidden_state), vision.last_hidden_state.device
         self._check_rows(local, len(input_ids))
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        image = self.model.image_key_values(vision.last_hidden_state)
-        queries = self.model.query_tokens(local)
-        query_output = self.model.qformer.encode_queries(queries, image, output_attentions)
         sizes = batch_sizes(local, device)
-        return EncodedPairs(vision, image, query_output, input_ids, attention_mask, sizes, sum(sizes[: rank()]))
+        return self.encode_rows(vision, input_ids, attention_mask, sizes, sum(sizes[: rank()]), output_attentions)
+
+    def encode_rows(
+        self,
+        vision: BaseModelOutput,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        sizes: list[int],
+        first_row: int,
+        output_attentions: bool = False,
+    ) -> EncodedPairs:
+        """Encode images that have passed the tower; the first of them is number first_row of the global batch."""
+        image = self.model.image_key_values(vision.last_hidden_state)
+        queries = self.model.query_tokens(len(vision.last_hidden_state))
+        query_output = self.model.qformer.encode_queries(queries, image, output_attentions)
+        return EncodedPairs(vision, image, query_output, input_ids, attention_mask, sizes, first_row)
 
     def contrast(
         self,
@@ -287,21 +301,39 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         output_hidden_states: bool | list[int] = False,
     ) -> Contrast:
         """ITC logits of this rank's images (texts) with the texts (images) of all ranks."""
+        images, text = self.features_of(pairs, output_attentions, output_hidden_states)
+        return self.compare(images, text, image_ids, pairs.sizes, pairs.first_row)
+
+    def features_of(
+        self, pairs: EncodedPairs, output_attentions: bool = False, output_hidden_states: bool | list[int] = False
+    ) -> tuple[torch.Tensor, Blip2xTextFeatures]:
+        """Unit-norm features of encoded images (B, Q, P), and those of their texts, which this encodes."""
         images = F.normalize(self.vision_projection(pairs.query_output.hidden), dim=-1)
-        text = self.get_text_features(
+        return images, self.get_text_features(
             pairs.input_ids, pairs.attention_mask, output_attentions, output_hidden_states, return_dict=True
         )
+
+    def compare(
+        self,
+        images: torch.Tensor,
+        text: Blip2xTextFeatures,
+        image_ids: torch.Tensor | None,
+        sizes: list[int],
+        first_row: int,
+        similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = image_text_similarity,
+    ) -> Contrast:
+        """ITC logits from this rank's features; similarity: `image_text_similarity`, or what computes the same."""
         texts = text.pooler_output
-        all_images, all_texts = gather_rows(images, pairs.sizes), gather_rows(texts, pairs.sizes)
+        all_images, all_texts = gather_rows(images, sizes), gather_rows(texts, sizes)
         if image_ids is None:
-            local_ids = pairs.first_row + torch.arange(len(images), device=images.device)
-            all_ids = torch.arange(sum(pairs.sizes), device=images.device)
+            local_ids = first_row + torch.arange(len(images), device=images.device)
+            all_ids = torch.arange(sum(sizes), device=images.device)
         else:
-            local_ids, all_ids = image_ids, gather_rows(image_ids, pairs.sizes)
+            local_ids, all_ids = image_ids, gather_rows(image_ids, sizes)
         temperature = self.temperature.float().clamp(min=SMALLEST_TEMPERATURE)
         return Contrast(
-            logits_per_image=image_text_similarity(images, all_texts) / temperature,
-            logits_per_text=image_text_similarity(all_images, texts).T / temperature,
+            logits_per_image=similarity(images, all_texts) / temperature,
+            logits_per_text=similarity(all_images, texts).T / temperature,
             positives=positive_pairs(local_ids, all_ids),
             text=text,
         )
@@ -328,33 +360,58 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 
         hardness: negatives are drawn by softmax(hardness * ITC logits); 0 draws evenly, 1 is the paper.
         """
-        device = pairs.input_ids.device
-        local = len(pairs.input_ids)
+        own = pairs.first_row + torch.arange(len(pairs.input_ids), device=pairs.input_ids.device)
+        chosen = itm_pairs(own, *self.draw_negatives(contrast, pairs.first_row, seed, hardness))
+        texts = self.gather_texts(pairs.input_ids, pairs.attention_mask, pairs.sizes)
+        vision_embeds = pairs.vision.last_hidden_state
+        fetch = None if len(pairs.sizes) == 1 else lambda index: fetch_rows(vision_embeds, index, pairs.sizes)
+        return itm_loss(self.match_logits(pairs, chosen, texts, fetch), chosen.labels)
+
+    def draw_negatives(
+        self, contrast: Contrast, first_row: int, seed: int | None, hardness: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Global number of a hard negative image for each text and of a text for each image, (B,) each; -1: none."""
         if seed is None and not self.training:
             seed = 0  # the same evaluation gives the same loss
-        uniform = uniform_numbers(pairs.first_row, local, seed, device)
-        chosen = itm_pairs(
-            own=pairs.first_row + torch.arange(local, device=device),
-            negative_image=draw_hard_negatives(hardness * contrast.logits_per_text, contrast.positives, uniform[:, 0]),
-            negative_text=draw_hard_negatives(hardness * contrast.logits_per_image, contrast.positives, uniform[:, 1]),
+        uniform = uniform_numbers(first_row, len(contrast.positives), seed, contrast.positives.device)
+        return (
+            draw_hard_negatives(hardness * contrast.logits_per_text, contrast.positives, uniform[:, 0]),
+            draw_hard_negatives(hardness * contrast.logits_per_image, contrast.positives, uniform[:, 1]),
         )
-        ids, mask = gather_text(
-            pairs.input_ids, pairs.attention_mask, pairs.sizes, self.config.qformer_config.pad_token_id or 0
-        )
-        image = self._images_of(pairs, chosen.image_index)
-        logits = self._itm_logits_of(ids[chosen.text_index], mask[chosen.text_index], image)
-        return itm_loss(logits, chosen.labels)
 
-    def _images_of(self, pairs: EncodedPairs, global_index: torch.Tensor) -> tuple[KeyValues | None, ...]:
-        """Image keys and values by global number: this rank's are indexed, only others' are fetched and projected."""
-        vision_embeds = pairs.vision.last_hidden_state
-        local = len(vision_embeds)
+    def gather_texts(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, sizes: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask (N, L) of the global batch."""
+        return gather_text(input_ids, attention_mask, sizes, self.config.qformer_config.pad_token_id or 0)
+
+    def match_logits(
+        self,
+        pairs: EncodedPairs,
+        chosen: ItmPairs,
+        texts: tuple[torch.Tensor, torch.Tensor],
+        fetch: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """ITM logits (pairs, 2) of chosen images with chosen texts.
+
+        texts: ids and mask of the global batch. fetch: gives the tower's features of images that are not among
+        `pairs`, by global number; None if there are no others.
+        """
+        ids, mask = texts
+        image = self._images_of(pairs, chosen.image_index, fetch)
+        return self._itm_logits_of(ids[chosen.text_index], mask[chosen.text_index], image)
+
+    def _images_of(
+        self, pairs: EncodedPairs, global_index: torch.Tensor, fetch: Callable[[torch.Tensor], torch.Tensor] | None
+    ) -> tuple[KeyValues | None, ...]:
+        """Image keys and values by global number: those of `pairs` are indexed, only others are fetched and projected."""
+        local = len(pairs.vision.last_hidden_state)
         index = global_index - pairs.first_row
-        if len(pairs.sizes) == 1:
+        if fetch is None:
             return select_images(pairs.image_key_values, index)
         is_remote = (index < 0) | (index >= local)
         remote = global_index[is_remote].unique()
-        fetched = self.model.image_key_values(fetch_rows(vision_embeds, remote, pairs.sizes))
+        fetched = self.model.image_key_values(fetch(remote))
         index = torch.where(is_remote, local + torch.searchsorted(remote, global_index), index)
         both = tuple(
             here and (torch.cat([here[0], there[0]]), torch.cat([here[1], there[1]]))

@@ -122,13 +122,17 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
         return output if return_dict else output.to_tuple()
 
     def generate_text_loss(self, pairs: EncodedPairs) -> torch.Tensor:
-        """ITG: text after [DEC], given the queries. The vocabulary is computed for real tokens only, not for padding."""
+        """ITG: text after [DEC], given the queries."""
+        return itg_loss(*self.text_logits(pairs))
+
+    def text_logits(self, pairs: EncodedPairs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (tokens, vocabulary) and labels (tokens,) of ITG, for real tokens only, not for padding."""
         start = torch.full_like(pairs.input_ids[:, :1], self.config.qformer_config.bos_token_id)
         decoder_ids = torch.cat([start, pairs.input_ids[:, 1:]], dim=1)
         hidden = self.model.qformer.decode_text(decoder_ids, pairs.attention_mask, pairs.query_output.key_values).hidden
         is_target = pairs.attention_mask[:, 1:].bool()
         logits = self.itg_head(hidden[:, :-1][is_target], self.get_input_embeddings().weight)
-        return itg_loss(logits, pairs.input_ids[:, 1:][is_target])
+        return logits, pairs.input_ids[:, 1:][is_target]
 
     @torch.no_grad()
     def generate(

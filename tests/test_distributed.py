@@ -7,6 +7,9 @@ import torch.multiprocessing as multiprocessing
 from tiny import batch, prompt, stage1, stage2
 from torch.nn.parallel import DistributedDataParallel
 
+from modeling_blip2x.chunking_blip2x import chunked_backward
+from modeling_blip2x.distributed_blip2x import average_gradients
+
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg", "itm_accuracy")
 SPLITS = {"even": (4, 4), "uneven": (3, 5), "one row": (7, 1)}
@@ -40,7 +43,7 @@ def shared(data: dict[str, torch.Tensor], rank: int, sizes: tuple[int, int]) -> 
     return {name: value[start : start + sizes[rank]] for name, value in data.items()}
 
 
-def train_step(rank: int, stage: int, sizes: tuple[int, int]) -> dict:
+def train_step(rank: int, stage: int, sizes: tuple[int, int], chunk_size: int | None = None) -> dict:
     model, data, extra = make(stage)
     share = shared(data, rank, sizes)
     if rank == 1 and stage == 1:  # this rank's texts are padded less
@@ -49,6 +52,13 @@ def train_step(rank: int, stage: int, sizes: tuple[int, int]) -> dict:
     parallel = DistributedDataParallel(model)  # kept: its hooks go with it
     out = parallel(**share, **extra)
     out.loss.backward()
+    if chunk_size:  # after a plain step, which must leave nothing behind in DDP
+        parallel.zero_grad()
+        for _ in range(2):  # accumulation: averaged once at the end
+            out = chunked_backward(
+                model, chunk_size=chunk_size, backward=lambda loss: (loss / 2).backward(), **share, **extra
+            )
+        average_gradients(parallel.parameters())
     return {
         "losses": {name: out[name].detach() for name in LOSSES if out.get(name) is not None},
         "gradients": {name: p.grad for name, p in model.named_parameters() if p.grad is not None},
@@ -79,6 +89,7 @@ def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     steps = {f"{stage} {split}": train_step(rank, stage, SPLITS[split]) for stage in (1, 2) for split in SPLITS}
+    steps |= {f"chunks {split}": train_step(rank, 1, SPLITS[split], chunk_size=2) for split in SPLITS}
     torch.save({"steps": steps, "sent": count_sent(rank)}, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -92,9 +103,9 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, "chunks"])
 def test_two_processes_equal_one(ranks, stage, split):
-    model, data, extra = make(stage)
+    model, data, extra = make(1 if stage == "chunks" else stage)
     out = model(**data, **extra)
     out.loss.backward()
     for rank, results in enumerate(ranks):

@@ -27,6 +27,13 @@ def test_similarity_takes_the_best_query():
     assert torch.allclose(image_text_similarity(images, texts), torch.tensor(by_hand), atol=1e-5)
 
 
+def test_similarity_is_exact_under_autocast():
+    images, texts = random(3, 5, 8), random(4, 8, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        similarity = image_text_similarity(images, texts)
+    assert torch.equal(similarity, image_text_similarity(images, texts))
+
+
 def test_itc_equals_cross_entropy_with_label_smoothing():
     logits, rows = random(4, 4), torch.arange(4)
     ours = itc_loss(logits, logits.T, positive_pairs(rows, rows))

@@ -71,6 +71,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         (["--feature_cache", "c"], "--augment is true"),
         (["--eval_steps", "5"], "no --eval_split"),
         (["--learning_rate", "1e-6"], "--min_learning_rate"),
+        (["--itc_chunk_size", "4", "--torch_compile"], "never called. Drop one"),
+        (["--itc_chunk_size", "0"], "--itc_chunk_size is 0"),
         (["--qformer_config", "[1]"], "must be a mapping"),
         (["--config", "nowhere.yaml"], "cannot be read"),
     ],

@@ -86,6 +86,15 @@ def test_two_processes_train_as_one(parts, tmp_path):
     ]
     stage1 = [*common, "--min_word_count", "1", "--rerank_k", "2", "--eval_steps", "2"]
     stage2 = [*common, "--language_model", parts / "llm"]
+    chunked = [
+        *stage1,
+        "--per_device_train_batch_size",
+        2,
+        "--itc_chunk_size",
+        1,
+        "--output_dir",
+        tmp_path / "2/chunked",
+    ]
     for processes in (1, 2):
         out, batch = tmp_path / str(processes), ["--per_device_train_batch_size", 4 // processes]
         run(
@@ -93,10 +102,11 @@ def test_two_processes_train_as_one(parts, tmp_path):
             [
                 ("pretrain_stage1", [*map(str, [*stage1, *batch, "--output_dir", out / "stage1"])]),
                 ("pretrain_stage2", [*map(str, [*stage2, *batch, "--output_dir", out / "stage2"])]),
+                *([("pretrain_stage1", [*map(str, chunked)])] if processes == 2 else []),
             ],
         )
-    for stage, lines in (("stage1", 6), ("stage2", 5)):
-        one, two = (tmp_path / processes / stage for processes in "12")
+    for stage, other, lines in (("stage1", "stage1", 6), ("stage1", "chunked", 6), ("stage2", "stage2", 5)):
+        one, two = tmp_path / "1" / stage, tmp_path / "2" / other
         losses = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
         assert len(losses[0]) == len(losses[1]) == lines
         for first, second in zip(*losses):

@@ -267,6 +267,21 @@ def test_objectives_choose_the_losses(parts, tmp_path):
     assert lines[0]["loss"] == pytest.approx(lines[0]["loss_itc"] + lines[0]["loss_itm"]) and "loss_itg" not in lines[0]
 
 
+def test_chunks_train_as_the_whole_batch(parts, tmp_path, capsys):
+    """With a chunk of the batch's size dropout draws the same; accumulation and smaller chunks go with it."""
+    same = ["--max_steps", "6", "--eval_split", "validation", "--eval_steps", "3"]
+    lines = stage1(parts, tmp_path / "whole", *same, "--itc_chunk_size", "4")
+    for line, expected in zip(lines, metrics(parts / "stage1"), strict=True):
+        names = [name for name in expected if "loss" in name or name == "grad_norm"]
+        assert [line[name] for name in names] == pytest.approx([expected[name] for name in names], rel=1e-4)
+    assert "adds no negatives to ITC" not in capsys.readouterr().out
+    flags = ["--max_steps", "2", "--itc_chunk_size", "3", "--gradient_accumulation_steps", "2"]
+    plain = stage1(parts, tmp_path / "plain", *flags[:2], *flags[4:])
+    assert capsys.readouterr().out.count("adds no negatives to ITC") == 1
+    lines = stage1(parts, tmp_path / "chunks", *flags)
+    assert [line["loss_itm"] for line in lines] == pytest.approx([line["loss_itm"] for line in plain], rel=0.1)
+
+
 def test_lora_by_one_argument(parts, tmp_path):
     out = tmp_path / "out"
     stage2(parts, out, "llama", "--max_steps", "6", "--lora", "lm", "--merge_lora", "true")

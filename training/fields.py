@@ -185,6 +185,11 @@ class Stage1Arguments(PretrainingArguments):
         "Steps over which ITM's negatives go from evenly drawn to the paper's hard ones. 0: hard from the start, as in "
         "the paper, which leaves ITM of a short run at the constant predictor (loss 0.6365).",
     )
+    itc_chunk_size: int | None = doc(
+        None,
+        "Pairs whose activations are held at a time: the gradient stays that of the whole batch, for a tenth to a third "
+        "more time. null: all of per_device_train_batch_size.",
+    )
     min_word_count: int = doc(
         5, "Word count in the training captions above which a built vocabulary keeps a word whole."
     )
@@ -195,6 +200,10 @@ class Stage1Arguments(PretrainingArguments):
 
     def problems(self) -> list[str]:
         found = super().problems() + unknown_objectives(self.objectives)
+        if self.itc_chunk_size and self.torch_compile:
+            found.append(
+                "--torch_compile is true, but with --itc_chunk_size the compiled forward is never called. Drop one."
+            )
         if self.qformer_init and self.qformer_config:
             found.append(
                 "--qformer_init and --qformer_config are both given. A BERT checkpoint brings its own shape: drop one."
@@ -322,6 +331,7 @@ RANGES = {  # field: smallest and largest value
     "save_total_limit": (1, BIG),
     "image_text_hidden_size": (1, BIG),
     "hard_negative_steps": (0, BIG),
+    "itc_chunk_size": (1, BIG),
     "min_word_count": (1, BIG),
     "rerank_k": (0, BIG),
     "layer_decay": (TINY, 1),

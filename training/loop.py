@@ -26,6 +26,13 @@ MEASURED = (
 )  # of outputs, where they have them
 
 
+def plain_step(accelerator: Accelerator, model: torch.nn.Module, inputs: dict):
+    """One forward and its backward; the outputs."""
+    outputs = model(**inputs)
+    accelerator.backward(outputs.loss)
+    return outputs
+
+
 def train(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -43,6 +50,7 @@ def train(
     eval_steps: int | None,
     validate: Callable[[], dict],
     forward_inputs: Callable[[int], dict] = lambda forward: {},
+    forward_backward: Callable = plain_step,
 ) -> torch.nn.Module:
     """Train from the last whole checkpoint in `output_dir`, or from the start, to `max_steps`.
 
@@ -51,6 +59,7 @@ def train(
         learning_rate: learning rate of a step, counted from 0.
         validate: run every `eval_steps` on all processes; its figures join metrics.jsonl.
         forward_inputs: more arguments for the model, given the number of the forward.
+        forward_backward: of (accelerator, model, inputs); leaves gradients, returns the outputs.
 
     Returns the model as accelerate prepared it. Raises FloatingPointError when a loss is not finite.
     """
@@ -73,9 +82,9 @@ def train(
         for micro in range(gradient_accumulation_steps):
             batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
             with accelerator.accumulate(model):
-                outputs = model(**batch, **forward_inputs((step - 1) * gradient_accumulation_steps + micro))
+                more = forward_inputs((step - 1) * gradient_accumulation_steps + micro)
+                outputs = forward_backward(accelerator, model, {**batch, **more})
                 stop_unless_finite(outputs, step, output_dir)
-                accelerator.backward(outputs.loss)
                 if accelerator.sync_gradients and max_grad_norm:
                     meter.grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
                 optimizer.step()

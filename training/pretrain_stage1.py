@@ -9,9 +9,11 @@ The same command again continues from the last whole checkpoint. --help lists th
 import sys
 
 from args import parse_arguments
+from chunked import chunked_step
 from collators import Stage1Collator
 from fields import Stage1Arguments
 from inputs import load_image_processor, read_stage1_config, start_run
+from loop import plain_step
 from run import already_finished, fit, load_splits, steps_of
 from transformers import AutoProcessor
 from validation import validate_image_text
@@ -25,6 +27,12 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start_run(args, unused_parameters=len(args.objectives) < 3)
     if args.init_from:
         read_stage1_config(args.init_from)  # before anything slow
+    if args.gradient_accumulation_steps > 1:
+        accelerator.print(
+            f"Each of the {args.gradient_accumulation_steps} accumulated forwards contrasts its own pairs only: "
+            "accumulation adds no negatives to ITC. A larger --per_device_train_batch_size with --itc_chunk_size does, "
+            "in the memory of a chunk."
+        )
 
     image_processor = load_image_processor(args.init_from or args.vision_model, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor)
@@ -78,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         collator,
         validate=validate,
         forward_inputs=negatives,
+        forward_backward=chunked_step(args.itc_chunk_size) if args.itc_chunk_size else plain_step,
     )
 
 

@@ -11,7 +11,7 @@ from data import CaptionDataset, JointDataset, make_loader
 from features import use_feature_cache
 from fields import PretrainingArguments
 from inputs import count_steps, load_dataset_split, open_output_dir, output_size, seed_training
-from loop import finish, train
+from loop import finish, plain_step, train
 from lora import LoraCheckpoint, add_lora
 from optim import build_optimizer, learning_rate_at
 from order import BatchOrder, visit_order
@@ -64,6 +64,7 @@ def fit(
     *,
     validate: Callable[[bool], dict],
     forward_inputs: Callable[[int], dict] = lambda forward: {},
+    forward_backward: Callable = plain_step,
 ) -> None:
     """Train `model`, its frozen parts chosen already, and make the run's root a complete checkpoint.
 
@@ -71,6 +72,7 @@ def fit(
         collator: of training batches.
         validate: figures of the model as it is, on all processes; its argument says whether it is the last time.
         forward_inputs: more arguments for the model, given the number of the forward.
+        forward_backward: of (accelerator, model, inputs); leaves gradients, returns the outputs.
     """
     output_dir, max_steps = Path(args.output_dir), steps_of(args, accelerator, train_set)
     model.check_processor(processor)
@@ -132,6 +134,7 @@ def fit(
         eval_steps=args.eval_steps,
         validate=lambda: validate(False),
         forward_inputs=forward_inputs,
+        forward_backward=forward_backward,
     )
     checkpoint = LoraCheckpoint(model, processor if args.merge_lora else None) if args.lora else model
     finish(accelerator, output_dir, max_steps, validate(True), checkpoint, processor)
