@@ -8,6 +8,7 @@ from accelerate.utils import send_to_device
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from data import CaptionDataset, make_loader
 from loop import MEASURED
+from metrics.retrieval_recall.scores import recall_at_k
 from order import BatchOrder, EpochOrder
 
 
@@ -168,21 +169,6 @@ class RetrievalSet:
         return logits
 
 
-def recall_at_k(scores: torch.Tensor, owner: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """R@K in percent both ways from scores (N images, M texts); `owner` (M,) is the image of each text.
-
-    Image-to-text counts an image when any of its texts is among the first K.
-    """
-    recalls = {}
-    text_order = scores.argsort(dim=1, descending=True)
-    image_rank_of_text = (scores > scores[owner, torch.arange(len(owner))]).sum(dim=0)
-    hits = owner[text_order] == torch.arange(len(scores))[:, None]
-    for k in ks:
-        recalls[f"i2t_r{k}"] = 100 * hits[:, :k].any(dim=1).float().mean().item()
-        recalls[f"t2i_r{k}"] = 100 * (image_rank_of_text < k).float().mean().item()
-    return recalls
-
-
 def rerank(data: RetrievalSet, k: int, temperature: float) -> dict[str, float]:
     """R@K after re-ranking each query's k best by ITC, in three modes.
 
@@ -209,8 +195,8 @@ def rerank(data: RetrievalSet, k: int, temperature: float) -> dict[str, float]:
         ("itm+logits", cosines / temperature + odds / 2),
     ):
         for way, shortlist in shortlists.items():
-            # Everything outside the shortlist keeps its ITC order below it.
-            recalls = recall_at_k(torch.where(shortlist, scores, cosines - 1e4), data.owner)
+            # Everything outside the shortlist keeps its ITC order below it, in double: single would make ties of it.
+            recalls = recall_at_k(torch.where(shortlist, scores, cosines.double() - 1e4), data.owner)
             results |= {f"{name}_{mode}": value for name, value in recalls.items() if name.startswith(way)}
     return results
 

@@ -1,0 +1,1 @@
+../vqa_accuracy/answers.py
