@@ -156,7 +156,10 @@ def test_stage1_run_folder_is_complete(parts, capsys):
         "samples_per_second",
         "peak_memory_mb",
     }
-    assert validation[0].keys() >= {"i2t_r1", "t2i_r10", "itm_balanced_accuracy_hard"} and "i2t_r1_itm" in validation[1]
+    assert (
+        validation[0].keys() >= {"i2t_r1", "t2i_r10", "itm_balanced_accuracy_hard", "eval_cider"}
+        and "i2t_r1_itm" in validation[1]
+    )
     assert training[0]["loss"] == pytest.approx(
         sum(training[0][f"loss_{part}"] for part in ("itc", "itm", "itg")), abs=1e-4
     )
@@ -194,7 +197,9 @@ def test_stage2_from_stage1(parts, tmp_path, llm, capsys):
         "a photo of" if llm == "opt" else "",
     )
     assert "Hand-over from stage 1" in capsys.readouterr().out
-    assert "eval_token_accuracy" in lines[-1] and lines[5]["loss"] < lines[0]["loss"]
+    assert {"eval_token_accuracy", "eval_bleu4", "eval_cider"} <= lines[-1].keys() and lines[5]["loss"] < lines[0][
+        "loss"
+    ]
     model, processor = (
         AutoModelForImageTextToText.from_pretrained(tmp_path / "out"),
         AutoProcessor.from_pretrained(tmp_path / "out"),

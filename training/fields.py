@@ -100,6 +100,9 @@ class PretrainingArguments:
 
     logging_steps: int = doc(10, "Steps averaged into one line of metrics.jsonl.")
     eval_steps: int | None = doc(None, "Steps between validations; null validates at the end only.")
+    eval_samples: int = doc(
+        200, "Validation images that are captioned, or asked, and scored: CIDEr and BLEU-4, or accuracy; 0 for none."
+    )
     save_steps: int = doc(1000, "Steps between checkpoints to resume from.")
     save_total_limit: int | None = doc(2, "Newest checkpoints kept; null keeps all.")
     overwrite_output_dir: bool = doc(False, "Start over instead of continuing from output_dir.")
@@ -327,6 +330,7 @@ RANGES = {  # field: smallest and largest value
     "dataloader_num_workers": (0, 1024),
     "logging_steps": (1, BIG),
     "eval_steps": (1, BIG),
+    "eval_samples": (0, BIG),
     "save_steps": (1, BIG),
     "save_total_limit": (1, BIG),
     "image_text_hidden_size": (1, BIG),

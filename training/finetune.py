@@ -54,7 +54,9 @@ def tune_retrieval(args, accelerator, image_processor, train_set, eval_set) -> N
     def validate(final: bool) -> dict:
         collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=False)
         rerank_k = args.rerank_k if final else 0
-        return validate_image_text(accelerator, model, eval_set, collator, args.eval_batch_size, rerank_k, args.seed)
+        return validate_image_text(
+            accelerator, model, eval_set, collator, args.eval_batch_size, rerank_k, args.eval_samples, args.seed
+        )
 
     collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=args.augment)
     fit(
@@ -80,7 +82,9 @@ def tune_language(args, accelerator, image_processor, train_set, eval_set) -> No
 
     def validate(final: bool) -> dict:
         collator = language_collator(model, processor, args.max_text_length, cropped=False)
-        return validate_language(accelerator, model, eval_set, collator, args.eval_batch_size)
+        return validate_language(
+            accelerator, model, processor, eval_set, collator, args.eval_batch_size, args.eval_samples
+        )
 
     collator = language_collator(model, processor, args.max_text_length, cropped=args.augment)
     fit(args, accelerator, model, processor, train_set, eval_set, collator, validate=validate)

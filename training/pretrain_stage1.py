@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     def validate(final: bool) -> dict:
         collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=False)
         rerank_k = args.rerank_k if final else 0
-        return validate_image_text(accelerator, model, eval_set, collator, args.eval_batch_size, rerank_k, args.seed)
+        return validate_image_text(
+            accelerator, model, eval_set, collator, args.eval_batch_size, rerank_k, args.eval_samples, args.seed
+        )
 
     collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=args.augment)
     fit(

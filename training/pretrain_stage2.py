@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> None:
 
     def validate(final: bool) -> dict:
         collator = language_collator(model, processor, args.max_text_length, cropped=False)
-        return validate_language(accelerator, model, eval_set, collator, args.eval_batch_size)
+        return validate_language(
+            accelerator, model, processor, eval_set, collator, args.eval_batch_size, args.eval_samples
+        )
 
     collator = language_collator(model, processor, args.max_text_length, cropped=args.augment)
     fit(args, accelerator, model, processor, train_set, eval_set, collator, validate=validate)

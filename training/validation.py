@@ -10,6 +10,9 @@ from data import CaptionDataset, make_loader
 from loop import MEASURED
 from metrics.retrieval_recall.scores import recall_at_k
 from order import BatchOrder, EpochOrder
+from written import score_itg, score_language
+
+from modeling_blip2x import Blip2xProcessor
 
 
 def validate_image_text(
@@ -19,9 +22,11 @@ def validate_image_text(
     collator: Stage1Collator,
     batch_size: int,
     rerank_k: int,
+    samples: int,
     seed: int,
 ) -> dict[str, float]:
-    """Stage 1 and retrieval: losses, R@K both ways, ITM accuracy, and R@K after ITM has re-ranked where rerank_k > 0."""
+    """Stage 1 and retrieval: losses, R@K both ways, ITM accuracy, and R@K after ITM has re-ranked where rerank_k > 0;
+    CIDEr and BLEU-4 of what the ITG head writes for the first `samples` images."""
     if dataset is None:
         return {}
     order = BatchOrder(
@@ -41,24 +46,30 @@ def validate_image_text(
             figures |= matching_accuracy(data, batch_size, temperature, seed)
             figures |= rerank(data, rerank_k, temperature) if rerank_k else {}
     accelerator.wait_for_everyone()
+    if samples and "itg" in model.config.objectives:
+        figures |= score_itg(accelerator, model, dataset, collator, batch_size, samples)
     return figures
 
 
 def validate_language(
     accelerator: Accelerator,
     model: torch.nn.Module,
+    processor: Blip2xProcessor,
     dataset: CaptionDataset | None,
     collator: CausalLMCollator | Seq2SeqLMCollator,
     batch_size: int,
+    samples: int,
 ) -> dict[str, float]:
-    """Stage 2 and its fine-tuning: loss and token accuracy over every row."""
+    """Stage 2 and its fine-tuning: loss and token accuracy over every row; what is written for the first `samples` rows."""
     if dataset is None:
         return {}
     rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     order = [[(0, row) for row in rows[start : start + batch_size]] for start in range(0, len(rows), batch_size)]
-    return token_accuracy(
-        accelerator, model, make_loader(dataset, order, collator, 0, accelerator.device.type == "cuda")
-    )
+    batches = make_loader(dataset, order, collator, 0, accelerator.device.type == "cuda")
+    figures = token_accuracy(accelerator, model, batches)
+    if samples:
+        figures |= score_language(accelerator, model, processor, dataset, collator, batch_size, samples)
+    return figures
 
 
 @torch.no_grad()

@@ -3,16 +3,18 @@
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object, send_to_device
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, collate_images
 from data import CaptionDataset
 from metrics.caption.scores import caption_scores
-from metrics.vqa_accuracy.scores import normalize_answer, vqa_accuracy
+from metrics.vqa_accuracy.answers import normalize_answer
+from metrics.vqa_accuracy.scores import vqa_accuracy
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 
 CAPTION_TOKENS, ANSWER_TOKENS = 30, 10
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 ANNOTATORS = 10  # of VQAv2, whose accuracy is defined for as many answers
 
 
@@ -26,6 +28,8 @@ def score_language(
     samples: int,
 ) -> dict[str, float]:
     """Greedy captions, or answers where the data set has questions, of the first `samples` rows against all references."""
+    if accelerator.distributed_type in SHARDED:
+        return {}  # a shard cannot generate by itself, and processes write texts of different lengths
     asked = dataset.asks
 
     def write(items: list[dict]) -> list[str]:
@@ -48,6 +52,8 @@ def score_itg(
     samples: int,
 ) -> dict[str, float]:
     """Greedy captions of the ITG head, without a language model."""
+    if accelerator.distributed_type in SHARDED:
+        return {}
 
     def write(items: list[dict]) -> list[str]:
         images = send_to_device(collate_images(items, collator.image_processor, collator.cropped), accelerator.device)
