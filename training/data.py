@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from stopping import shield_worker
 from transforms import augment_image, clean_caption
 
 
@@ -258,4 +259,5 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=shield_worker,
     )
