@@ -1,8 +1,9 @@
 """Checkpoints to resume from, and the complete checkpoint at the root of a run.
 
 A step's folder holds what training changes: trained tensors, optimiser, random states of each process, and the step
-and number of samples seen, which fix learning rate and data position. Frozen towers are not saved again.
-Everything is written beside its place and renamed into it, so a folder that is there is whole.
+and number of samples seen, which fix learning rate and data position. Frozen towers are not saved again. Tensors are
+saved by name and in full (`gather`), so a run continues on any number of processes, sharded or not. Every folder
+appears whole or not at all (`durable`).
 """
 
 import json
@@ -14,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from durable import clear_unfinished, discard, sync, whole_folder, write_whole
+from gather import optimizer_tensors, put_optimizer_tensors, put_tensors, trained_parameters, whole_tensors
+from optim import AveragedWeights
 from safetensors.torch import load_file, save_file
-
-
-def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def random_states() -> dict:
@@ -45,6 +46,10 @@ def set_random_states(states: dict) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
+def step_folder(output_dir: Path, step: int) -> Path:
+    return output_dir / "checkpoints" / f"step_{step}"
+
+
 def steps_saved(output_dir: Path) -> list[int]:
     """Steps with a whole checkpoint, ascending."""
     folders = (output_dir / "checkpoints").glob("step_*")
@@ -53,38 +58,56 @@ def steps_saved(output_dir: Path) -> list[int]:
 
 def save_step(
     output_dir: Path,
-    step: int,
-    samples_seen: int,
+    state: dict,
     model: torch.nn.Module,
     optimizer,
     accelerator: Accelerator,
-    save_total_limit: int | None,
+    averages: AveragedWeights | None = None,
 ) -> None:
-    """Write checkpoints/step_N; all processes call this. Older ones beyond the limit are removed afterwards."""
-    target = output_dir / "checkpoints" / f"step_{step}"
-    temporary = target.with_name(f".{target.name}.tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    """Write checkpoints/step_N, N being state["step"]; all processes call this.
+
+    Raises OSError, with the earlier checkpoints as they were, when it cannot be written.
+    """
+    target, keep = step_folder(output_dir, state["step"]), accelerator.is_main_process
+    parameters = trained_parameters(accelerator.unwrap_model(model))
+    tensors = whole_tensors(parameters, keep)
+    sharded_by_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if sharded_by_deepspeed:  # first: what has no step folder beside it is never read
+        model.save_checkpoint(str(output_dir / "checkpoints" / "deepspeed"), tag=target.name)
+    files = {
+        "optimizer.pt": {} if sharded_by_deepspeed else optimizer_tensors(parameters, optimizer, keep),
+        "random_states.pt": gather_object([random_states()]),
+    }
+    if averages is not None:
+        files["averages.pt"] = {"updates": averages.updates, "averages": whole_tensors(averages.averages, keep)}
+    if accelerator.scaler is not None:
+        files["scaler.pt"] = accelerator.scaler.state_dict()
+    if keep:
+        try:
+            with whole_folder(target) as folder:
+                save_file(tensors, folder / "trained.safetensors")
+                for name, content in files.items():
+                    torch.save(content, folder / name)
+                (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by the writer
+            raise OSError(
+                f"The checkpoint of step {state['step']} could not be written to {target.parent} "
+                f"({type(error).__name__}: {error}). {intact(output_dir)} Free some space and give the same command again."
+            ) from error
     accelerator.wait_for_everyone()
-    torch.save(random_states(), temporary / f"random_states_{accelerator.process_index}.pt")
-    if accelerator.is_main_process:
-        save_file(
-            {k: v.contiguous().cpu() for k, v in trained_tensors(accelerator.unwrap_model(model)).items()},
-            temporary / "trained.safetensors",
-        )
-        torch.save(optimizer.state_dict(), temporary / "optimizer.pt")
-        if accelerator.scaler is not None:
-            torch.save(accelerator.scaler.state_dict(), temporary / "scaler.pt")
-        state = {"step": step, "samples_seen": samples_seen, "num_processes": accelerator.num_processes}
-        (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        for old in steps_saved(output_dir)[: -save_total_limit if save_total_limit else 0]:
-            shutil.rmtree(output_dir / "checkpoints" / f"step_{old}")
-    accelerator.wait_for_everyone()
+
+
+def intact(output_dir: Path) -> str:
+    steps = steps_saved(output_dir)
+    return f"The one of step {steps[-1]} is intact." if steps else "There is none before it."
+
+
+def keep_newest(output_dir: Path, limit: int | None, best_step: int) -> None:
+    """Remove all but the `limit` newest checkpoints and that of `best_step`; None keeps all."""
+    for step in steps_saved(output_dir)[: -limit if limit else 0]:
+        if step != best_step:
+            discard(step_folder(output_dir, step))
+            shutil.rmtree(output_dir / "checkpoints" / "deepspeed" / f"step_{step}", ignore_errors=True)
 
 
 def read_state(output_dir: Path) -> dict:
@@ -95,10 +118,38 @@ def read_state(output_dir: Path) -> dict:
     return read_checked(output_dir, steps[-1], "state.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
 
 
-def load_step(output_dir: Path, step: int, model: torch.nn.Module, optimizer, accelerator: Accelerator) -> None:
+def load_step(
+    output_dir: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer,
+    accelerator: Accelerator,
+    averages: AveragedWeights | None = None,
+) -> None:
     """Restore what `save_step` wrote. Random states are those of this process, where it had any."""
+    load_trained(output_dir, step, accelerator.unwrap_model(model))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        model.load_checkpoint(str(output_dir / "checkpoints" / "deepspeed"), tag=f"step_{step}")
+    else:
+        parameters = trained_parameters(accelerator.unwrap_model(model))
+        read_checked(
+            output_dir, step, "optimizer.pt", lambda path: put_optimizer_tensors(load(path), parameters, optimizer)
+        )
+    if averages is not None:
+        saved = read_checked(output_dir, step, "averages.pt", load)
+        averages.updates = saved["updates"]
+        put_tensors(saved["averages"], averages.averages)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(read_checked(output_dir, step, "scaler.pt", load))
+    states = read_checked(output_dir, step, "random_states.pt", load)
+    if accelerator.process_index < len(states):  # not when resuming on more processes
+        set_random_states(states[accelerator.process_index])
+
+
+def load_trained(output_dir: Path, step: int, model: torch.nn.Module) -> None:
+    """Put the trained tensors of a checkpoint into the model. Raises ValueError if they are another model's."""
     tensors = read_checked(output_dir, step, "trained.safetensors", load_file)
-    wanted = trained_tensors(accelerator.unwrap_model(model))
+    wanted = trained_parameters(model)
     missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     shapes = [
         f"{k}: {tuple(tensors[k].shape)} saved, {tuple(wanted[k].shape)} now"
@@ -111,24 +162,24 @@ def load_step(output_dir: Path, step: int, model: torch.nn.Module, optimizer, ac
             f"{unknown[:3]}, shapes: {shapes[:3]}). Use the fields of its config.yaml, another --output_dir, or "
             "--overwrite_output_dir to start over."
         )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            wanted[name].copy_(tensor)
+    put_tensors(tensors, wanted)
 
-    def load(path: Path):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
-    optimizer.load_state_dict(read_checked(output_dir, step, "optimizer.pt", load))
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(read_checked(output_dir, step, "scaler.pt", load))
-    own = f"random_states_{accelerator.process_index}.pt"
-    if (output_dir / "checkpoints" / f"step_{step}" / own).exists():  # not when resuming on more processes
-        set_random_states(read_checked(output_dir, step, own, load))
+def load_best(output_dir: Path, step: int, model: torch.nn.Module, averaged: bool) -> None:
+    """Put the weights that were validated at a step into the model: the trained ones, or their averages."""
+    if averaged:
+        put_tensors(read_checked(output_dir, step, "averages.pt", load)["averages"], trained_parameters(model))
+    else:
+        load_trained(output_dir, step, model)
+
+
+def load(path: Path):
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_checked(output_dir: Path, step: int, name: str, read):
     """`read` a checkpoint's file; damage becomes a ValueError that names the file and the way out."""
-    path = output_dir / "checkpoints" / f"step_{step}" / name
+    path = step_folder(output_dir, step) / name
     try:
         return read(path)
     except Exception as error:  # a damaged file can fail in any way
@@ -146,35 +197,66 @@ def is_finished(output_dir: Path, max_steps: int) -> bool:
 def clear_output_dir(output_dir: Path) -> None:
     """Remove what an earlier run wrote, and nothing else."""
     shutil.rmtree(output_dir / "checkpoints", ignore_errors=True)
-    for name in ("metrics.jsonl", "config.yaml", "config.json"):
+    shutil.rmtree(output_dir / "tensorboard", ignore_errors=True)
+    for name in (
+        "metrics.jsonl",
+        "config.yaml",
+        "config.json",
+        "best.json",
+        "curves.png",
+        "environment.json",
+        "skipped.jsonl",
+    ):
         (output_dir / name).unlink(missing_ok=True)
 
 
 def save_root(output_dir: Path, *parts) -> None:
-    """Write model and processor (anything with save_pretrained) to the run's root, config.json last."""
+    """Write model and processor (anything with save_pretrained) to the run's root, config.json last.
+
+    Raises OSError, with the root as it was, when they cannot be written.
+    """
     temporary = output_dir / ".root.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    for part in parts:
-        part.save_pretrained(temporary)
+    try:
+        for part in parts:
+            part.save_pretrained(temporary)
+        for path in temporary.rglob("*"):
+            sync(path)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"The checkpoint could not be written to {output_dir} ({type(error).__name__}: {error}). "
+            f"{intact(output_dir)} Free some space and give the same command again."
+        ) from error
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
         target = output_dir / path.name
         if target.is_dir():
             shutil.rmtree(target)
         os.replace(path, target)
     temporary.rmdir()
+    sync(output_dir)
 
 
-def trim_metrics(path: Path, step: int) -> None:
-    """Drop metric lines after `step`, which a resumed run will write again, and a line cut off by a crash."""
+def clear_leftovers(output_dir: Path) -> None:
+    """Remove what a run that was killed left half written."""
+    clear_unfinished(output_dir)
+    clear_unfinished(output_dir / "checkpoints")
+
+
+def trim_metrics(path: Path, step: int, max_steps: int) -> None:
+    """Drop metric lines that a run resumed after `step` writes again, and a line cut off by a crash.
+
+    The validation of the last step, which has no learning rate in its line, comes after the last checkpoint.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+            line = json.loads(text)
+            again = line["step"] > step or (line["step"] >= max_steps and "lr" not in line)
         except ValueError:
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+        if not again:
+            kept.append(text + "\n")
+    write_whole(path, "".join(kept))

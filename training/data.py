@@ -15,6 +15,7 @@ from images import BadRow, image_keys, image_name, keep_encoded, number_images, 
 from PIL import Image
 from rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
 from skipping import TRIES, ReportedBatches, Reporting, SkipLog
+from stopping import shield_worker
 from transforms import augment_image, clean_caption
 
 Turn = tuple[str, list[str]]  # a question ("" for none) and the texts that answer it, of which each visit draws one
@@ -284,5 +285,6 @@ def make_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=shield_worker,
     )
     return ReportedBatches(loader, dataset.skip_log)

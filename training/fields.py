@@ -104,7 +104,10 @@ class PretrainingArguments:
         200, "Validation images that are captioned, or asked, and scored: CIDEr and BLEU-4, or accuracy; 0 for none."
     )
     save_steps: int = doc(1000, "Steps between checkpoints to resume from.")
-    save_total_limit: int | None = doc(2, "Newest checkpoints kept; null keeps all.")
+    save_total_limit: int | None = doc(2, "Newest checkpoints kept, and the best one; null keeps all.")
+    metric_for_best_model: str = doc("eval_loss", "Figure of the validation that tells the best checkpoint.")
+    greater_is_better: bool | None = doc(None, "Whether more of it is better; null: unless its name holds loss.")
+    load_best_model_at_end: bool = doc(False, "The root gets the weights of the best checkpoint, not the last step's.")
     overwrite_output_dir: bool = doc(False, "Start over instead of continuing from output_dir.")
     report_to: str = doc(
         "none", "Tracker for accelerate's log_with, such as tensorboard or wandb; none: metrics.jsonl only."
@@ -113,6 +116,10 @@ class PretrainingArguments:
     @property
     def eval_batch_size(self) -> int:
         return self.per_device_eval_batch_size or self.per_device_train_batch_size
+
+    @property
+    def best_is_greatest(self) -> bool:
+        return "loss" not in self.metric_for_best_model if self.greater_is_better is None else self.greater_is_better
 
     def required(self) -> list[str]:
         return ["output_dir", "dataset"]
@@ -170,6 +177,10 @@ class PretrainingArguments:
             found.append(
                 f"--min_learning_rate is {self.min_learning_rate}, above --learning_rate {self.learning_rate}. Lower "
                 "it."
+            )
+        if self.load_best_model_at_end and not self.eval_split:
+            found.append(
+                "--load_best_model_at_end is true, but there is no --eval_split to tell the best by. Name one."
             )
         if self.eval_steps and not self.eval_split:
             found.append(f"--eval_steps is {self.eval_steps}, but there is no --eval_split to validate on. Name one.")

@@ -1,13 +1,16 @@
 """What all training scripts prepare alike: accelerator, folder of the run, image processor, data sets."""
 
+import json
 import math
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from args import save_arguments
 from checkpoint import clear_output_dir
 from data import CaptionDataset, JointDataset
+from environment import describe_environment
 from fields import PretrainingArguments
 from sources import image_start, load_rows
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
@@ -25,6 +28,8 @@ def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Ac
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused_parameters)
         ],
     )
+    if args.fp16 and accelerator.device.type == "cpu":  # where accelerate would stay with float32 and not say so
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     set_seed(args.seed)
     return accelerator
 
@@ -40,6 +45,8 @@ def open_output_dir(args: PretrainingArguments, accelerator: Accelerator) -> Pat
             clear_output_dir(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         save_arguments(args, output_dir / "config.yaml")
+        environment = describe_environment(args.seed, accelerator.num_processes)
+        (output_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
     if args.report_to != "none":
         accelerator.init_trackers(output_dir.name)

@@ -1,17 +1,20 @@
 """What every training script does with its data, model and collator: batches, optimiser, schedule, loop, checkpoint."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from best import Best
 from checkpoint import is_finished, read_state
 from data import CaptionDataset, JointDataset, make_loader
 from features import use_feature_cache
 from fields import PretrainingArguments
+from finish import finish
 from inputs import count_steps, load_dataset_split, open_output_dir, output_size, seed_training
-from loop import finish, plain_step, train
+from loop import plain_step, train
 from lora import LoraCheckpoint, add_lora
 from optim import build_optimizer, learning_rate_at
 from order import BatchOrder, visit_order
@@ -117,8 +120,9 @@ def fit(
         peak=args.learning_rate,
         floor=args.min_learning_rate,
     )
+    best = Best(args.metric_for_best_model, args.best_is_greatest)
     seed_training(args.seed, accelerator)
-    train(
+    averages = train(
         accelerator,
         model,
         optimizer,
@@ -133,8 +137,22 @@ def fit(
         save_total_limit=args.save_total_limit,
         eval_steps=args.eval_steps,
         validate=lambda: validate(False),
+        best=best,
+        ema_decay=args.ema_decay,
         forward_inputs=forward_inputs,
         forward_backward=forward_backward,
     )
     checkpoint = LoraCheckpoint(model, processor if args.merge_lora else None) if args.lora else model
-    finish(accelerator, output_dir, max_steps, validate(True), checkpoint, processor)
+    with averages.in_place() if averages else contextlib.nullcontext():
+        finish(
+            accelerator,
+            model,
+            [checkpoint, processor],
+            output_dir=output_dir,
+            max_steps=max_steps,
+            figures=validate(True),
+            best=best,
+            save_total_limit=args.save_total_limit,
+            load_best_model=args.load_best_model_at_end,
+            averaged=averages is not None,
+        )

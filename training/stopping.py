@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM: the run ends after the step it is in, saved, on all processes at the same step.
+
+A launcher passes on to its processes what the terminal has sent them already, so a second signal means nothing until
+IMPATIENT seconds have gone by; then Ctrl-C ends the process at once.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+IMPATIENT = 3.0
+
+
+class StopSignal:
+    """Context in which SIGINT and SIGTERM are noted in `number` (0: none) and nothing else happens."""
+
+    def __init__(self, announce: bool):
+        self.number, self.announce, self.since, self.before = 0, announce, 0.0, {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():  # python allows handlers there only
+            self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame) -> None:
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+            if self.announce:
+                text = (
+                    f"\n{signal.Signals(number).name}: stopping after this step. Ctrl-C again stops at once, unsaved.\n"
+                )
+                os.write(sys.stderr.fileno(), text.encode())  # print may be in the middle of another
+        elif number == signal.SIGINT and time.monotonic() - self.since > IMPATIENT:
+            raise KeyboardInterrupt
+
+
+def shield_worker(_: int) -> None:
+    """For a loader's workers: a signal sent to the whole process group is for the run, which still needs their data.
+
+    A worker ends when its parent tells it to, or is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
