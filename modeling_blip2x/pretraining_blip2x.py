@@ -113,7 +113,7 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             loss=sum(losses.values()),
             **losses,
             itm_accuracy=itm_accuracy,
-            temperature=self.temperature.detach()[0],
+            temperature=self.temperature.detach()[0].clone(),  # FSDP frees the gathered parameter after the step
             logits_per_image=contrast.logits_per_image,
             logits_per_text=contrast.logits_per_text,
             **self.outputs_of(pairs, contrast, *options),

@@ -114,7 +114,7 @@ def test_killed_twenty_times_at_random_moments(fields, tmp_path):
         if number % 10 == 9:
             time.sleep(draw.uniform(0, 6))
         elif number % 2:
-            until(lambda before=before: steps_logged(out) > before)
+            until(lambda before=before: steps_logged(out) > before, timeout=300)
             time.sleep(draw.uniform(0, 1.5))
         else:
             wait_for_a_save(out)

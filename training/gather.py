@@ -5,10 +5,20 @@ optimiser to itself and saves it itself (`checkpoint`).
 """
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+def free_gathered(model: torch.nn.Module) -> None:
+    """Let a sharded model go back to its shards, which are the parameters the optimiser knows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters with a gradient, by name; of a sharded model its shards, on all processes alike."""
+    free_gathered(model)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -67,6 +77,7 @@ def unshard_for_saving(model: torch.nn.Module, keep: bool) -> None:
 
     All processes call it. A parameter that two modules share stays shared.
     """
+    free_gathered(model)
     full = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -12,6 +12,7 @@ from checkpoint import clear_output_dir
 from data import CaptionDataset, JointDataset
 from environment import describe_environment
 from fields import PretrainingArguments
+from sharding import check_processes, shard_on_cpu
 from sources import image_start, load_rows
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
@@ -28,6 +29,8 @@ def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Ac
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused_parameters)
         ],
     )
+    check_processes(accelerator)
+    shard_on_cpu(accelerator)
     if args.fp16 and accelerator.device.type == "cpu":  # where accelerate would stay with float32 and not say so
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     set_seed(args.seed)

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from best import Best, write_best
 from checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
-from gather import whole
+from gather import free_gathered, whole
 from optim import AveragedWeights, set_learning_rate
+from sharding import keep_embeddings_whole, plan_sharding
 from stopping import StopSignal
 from tqdm import tqdm
 
@@ -33,7 +34,8 @@ SHOWN = ("loss", "loss_itc", "loss_itm", "loss_itg", "lr", "samples_per_second")
 
 def plain_step(accelerator: Accelerator, model: torch.nn.Module, inputs: dict):
     """One forward and its backward; the outputs."""
-    outputs = model(**inputs)
+    with accelerator.autocast():
+        outputs = model(**inputs)
     accelerator.backward(outputs.loss)
     return outputs
 
@@ -76,7 +78,9 @@ def train(
     Returns the averaged weights, if any. Raises FloatingPointError when a loss is not finite, on any process, and
     SystemExit(128 + signal) after Ctrl-C or SIGTERM.
     """
+    plan_sharding(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
+    keep_embeddings_whole(accelerator.unwrap_model(model))
     averages = AveragedWeights(accelerator.unwrap_model(model), ema_decay) if ema_decay else None
     state = read_state(output_dir)
     batches = iter(batches)
@@ -126,6 +130,7 @@ def train(
             if eval_steps and step % eval_steps == 0 and step < max_steps and not signal_number:
                 with averages.in_place() if averages else contextlib.nullcontext():
                     figures = validate()
+                    free_gathered(accelerator.unwrap_model(model))  # validated weights stay gathered otherwise
                 log(accelerator, output_dir, {"step": step, **figures})
                 improved = best.update(step, figures)
                 model.train()

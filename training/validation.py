@@ -1,5 +1,6 @@
 """Validation of both stages: losses, image-text matching and retrieval; token accuracy."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -65,8 +66,10 @@ def validate_language(
         return {}
     rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
     order = [[(0, row) for row in rows[start : start + batch_size]] for start in range(0, len(rows), batch_size)]
+    own, most = len(order), math.ceil(len(range(0, len(dataset), accelerator.num_processes)) / batch_size)
+    order += [[(0, 0)]] * (most - own)  # not counted: a sharded model needs as many forwards on every process
     batches = make_loader(dataset, order, collator, 0, accelerator.device.type == "cuda")
-    figures = token_accuracy(accelerator, model, batches)
+    figures = token_accuracy(accelerator, model, batches, own)
     if samples:
         figures |= score_language(accelerator, model, processor, dataset, collator, batch_size, samples)
     return figures
@@ -92,13 +95,17 @@ def mean_losses(
 
 
 @torch.no_grad()
-def token_accuracy(accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[dict]) -> dict[str, float]:
-    """Stage 2: loss and share of supervised tokens that the LLM ranks first, over all tokens of the batches."""
+def token_accuracy(
+    accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[dict], counted_batches: int
+) -> dict[str, float]:
+    """Stage 2: loss and share of supervised tokens that the LLM ranks first, over all tokens of the counted batches."""
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, tokens
-    for batch in batches:
+    for number, batch in enumerate(batches):
         batch = send_to_device(batch, accelerator.device)
         outputs = model(**batch)
+        if number >= counted_batches:
+            continue
         labels, logits = batch["labels"], outputs.logits
         if logits.shape[1] != labels.shape[1] or not accelerator.unwrap_model(model).config.is_encoder_decoder:
             labels, logits = labels[:, 1:], logits[:, -labels.shape[1] : -1]  # decoder-only: predict the next token

@@ -1,0 +1,50 @@
+"""Under `accelerate launch`: FSDP2 with the model's own units, and a check that the processes found one another."""
+
+import os
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Raise ValueError if several processes were started and each thinks it is alone: all would write one folder."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and accelerator.num_processes == 1:
+        raise ValueError(
+            f"{started} processes were started, but there is no GPU and accelerate lets each run by itself. Set the "
+            "environment variable ACCELERATE_USE_CPU=true, or start one process."
+        )
+
+
+def shard_on_cpu(accelerator: Accelerator) -> None:
+    """accelerate hands an FSDP config on to GPUs only, though FSDP2 runs over gloo too; here it gets it anywhere."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+
+
+def plan_sharding(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Under FSDP2: what is gathered and freed as a unit, before `accelerator.prepare`.
+
+    With a language model, each layer of it and of the tower. Q-Former and heads stay with the root, whose parameters are
+    gathered once a step: their methods are called one by one, and sharding hooks into forward alone. Stage 1 is all root,
+    so that its validation can encode images on one process.
+    """
+    if not accelerator.is_fsdp2:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    plugin.mixed_precision_policy = None  # autocast chooses precisions, as without sharding; the loop enters it
+    parts = model.frozen_candidates() if getattr(model, "language_model", None) is not None else []
+    stacks = [module for part in parts for module in part.modules() if isinstance(module, torch.nn.ModuleList)]
+    named = {name for part in parts for name in getattr(part, "_no_split_modules", None) or []}
+    plugin.transformer_cls_names_to_wrap = sorted(named & {type(layer).__name__ for s in stacks for layer in s})
+
+
+def keep_embeddings_whole(model: torch.nn.Module) -> None:
+    """After `prepare`: ITG multiplies by the word embeddings outside their own forward, so they stay gathered."""
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, FSDPModule) and getattr(model, "language_model", None) is None:
+        embeddings.set_reshard_after_forward(False)
