@@ -12,7 +12,7 @@ from checkpoint import clear_output_dir
 from data import CaptionDataset, load_rows
 from environment import describe_environment
 from fields import PretrainingArguments
-from sharding import check_processes, shard_on_cpu
+from sharding import check_processes, plan_deepspeed, shard_on_cpu
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 
@@ -30,6 +30,7 @@ def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Ac
     )
     check_processes(accelerator)
     shard_on_cpu(accelerator)
+    plan_deepspeed(accelerator, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_grad_norm)
     if args.fp16 and accelerator.device.type == "cpu":  # where accelerate would stay with float32 and not say so
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     set_seed(args.seed)
