@@ -16,7 +16,15 @@ CORE = [
     "pillow>=12.0.0",
     "numpy>=2.0.0",
 ]
-TRAIN = ["accelerate>=1.15.0", "datasets>=5.2.0", "peft>=0.21.2", "pyyaml>=6.0", "tqdm>=4.67.0", "matplotlib>=3.10.0"]
+TRAIN = [
+    "accelerate>=1.15.0",
+    "datasets>=5.2.0",
+    "peft>=0.21.2",
+    "pyyaml>=6.0",
+    "tqdm>=4.67.0",
+    "matplotlib>=3.10.0",
+    "tensorboard>=2.20.0",
+]
 EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0"]
 SPACE = ["gradio>=6.31.0"]
 QUANTIZE = ["bitsandbytes>=0.50.0"]  # 4- and 8-bit language models

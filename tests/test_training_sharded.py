@@ -27,6 +27,7 @@ FSDP2 = {  # what `accelerate launch --config_file training/configs/accelerate/f
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}  # deepspeed_zero2.yaml
 STEPS = 4
 
 
@@ -82,8 +83,9 @@ def fields(parts: Path, stage: int, processes: int, out: Path) -> dict:
     return common | own
 
 
-def run(parts: Path, stage: int, processes: int, out: Path, sharded: bool, patch=no_dropout) -> list[int]:
-    environment = FSDP2 if sharded else {}
+def run(parts: Path, stage: int, processes: int, out: Path, sharded: bool | dict, patch=no_dropout) -> list[int]:
+    """sharded: by FSDP2, or as an environment says."""
+    environment = sharded if isinstance(sharded, dict) else FSDP2 if sharded else {}
     script = Script(
         fields(parts, stage, processes, out),
         out.with_suffix(".log"),
@@ -169,6 +171,21 @@ def test_a_run_goes_on_under_other_processes(parts, stage_and_whole, before, aft
         if "lr" in line:
             same = next(other for other in wanted if other["step"] == line["step"] and "lr" in other)
             assert line["loss"] == pytest.approx(same["loss"], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_deepspeed_run_equals_one_process_and_goes_on(parts, stage_and_whole, tmp_path):
+    """Where deepspeed is installed (it is not among the requirements)."""
+    pytest.importorskip("deepspeed")
+    stage, one = stage_and_whole
+    out = tmp_path / "out"
+    assert run(parts, stage, 2, out, ZERO2, patch=stop_after_two) == [143, 143], out.with_suffix(".log").read_text()
+    assert steps_saved(out) == [2] and (out / "checkpoints/deepspeed/step_2").is_dir()
+    assert run(parts, stage, 2, out, ZERO2) == [0, 0], out.with_suffix(".log").read_text()
+    wanted, got = ([line["loss"] for line in lines_of(folder) if "lr" in line] for folder in (one, out))
+    assert got == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    first, second = (load_file(folder / "model.safetensors") for folder in (one, out))
+    assert max((first[name] - second[name]).abs().max() for name in first) < 1e-3
 
 
 def launch(launcher: list[str], given: dict, log: Path, on_cpu: str = "true") -> subprocess.Popen:

@@ -7,9 +7,11 @@ import torch
 from accelerate import Accelerator
 from best import Best, write_best
 from checkpoint import keep_newest, load_best, read_state, save_root, step_folder
+from curves import draw_curves
 from durable import write_whole
 from gather import unshard_for_saving
-from loop import MEASURED, log
+from loop import MEASURED, close_trackers, log
+from watch import Watch
 
 
 def finish(
@@ -21,6 +23,7 @@ def finish(
     max_steps: int,
     figures: dict[str, float],
     best: Best,
+    watch: Watch,
     save_total_limit: int | None,
     load_best_model: bool,
     averaged: bool,
@@ -35,6 +38,7 @@ def finish(
     """
     if figures:
         log(accelerator, output_dir, {"step": max_steps, **figures})
+        watch.look({"step": max_steps, **figures})
     if best.update(max_steps, figures) and accelerator.is_main_process:
         state = read_state(output_dir) | {"best": best.record()}
         write_whole(step_folder(output_dir, max_steps) / "state.json", json.dumps(state))
@@ -46,14 +50,14 @@ def finish(
         write_best(output_dir, best)
         keep_newest(output_dir, save_total_limit, best.step)
         save_root(output_dir, *parts)
+        draw_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
         print(loss_summary(output_dir / "metrics.jsonl"))
         print("\n".join(f"{name:<32}{value:>9.4f}" for name, value in figures.items()))
         if best.step:
             print(f"Best {best.metric}: {best.value:.4f} after step {best.step}, kept in checkpoints/step_{best.step}.")
         print(f"Finished. {output_dir} is a complete checkpoint (step {step}): load it with from_pretrained.")
     accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    close_trackers(accelerator)
 
 
 def loss_summary(metrics: Path, steps: int = 50) -> str:

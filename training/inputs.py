@@ -6,24 +6,28 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from args import save_arguments
 from checkpoint import clear_output_dir
 from data import CaptionDataset, JointDataset
 from environment import describe_environment
 from fields import PretrainingArguments
-from sharding import check_processes, shard_on_cpu
+from sharding import check_processes, plan_deepspeed, shard_on_cpu
 from sources import image_start, load_rows
+from trackers import choose_tracker
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
 
 def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Accelerator:
     """Accelerator and seeds, the same on every process until `seed_training`."""
+    tracker, notice = choose_tracker(args.report_to)
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=args.output_dir,
+        log_with=tracker,
+        project_config=ProjectConfiguration(
+            args.output_dir, logging_dir=str(Path(args.output_dir or "") / "tensorboard")
+        ),
         # Frozen towers have buffers (BatchNorm) that never change: nothing to broadcast.
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused_parameters)
@@ -31,8 +35,11 @@ def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Ac
     )
     check_processes(accelerator)
     shard_on_cpu(accelerator)
+    plan_deepspeed(accelerator, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_grad_norm)
     if args.fp16 and accelerator.device.type == "cpu":  # where accelerate would stay with float32 and not say so
         accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    if notice:
+        accelerator.print(notice)
     set_seed(args.seed)
     return accelerator
 
@@ -51,7 +58,7 @@ def open_output_dir(args: PretrainingArguments, accelerator: Accelerator) -> Pat
         environment = describe_environment(args.seed, accelerator.num_processes)
         (output_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
     accelerator.wait_for_everyone()
-    if args.report_to != "none":
+    if accelerator.log_with:
         accelerator.init_trackers(output_dir.name)
     return output_dir
 

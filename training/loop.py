@@ -15,11 +15,13 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from best import Best, write_best
 from checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
+from curves import draw_curves
 from gather import free_gathered, whole
 from optim import AveragedWeights, set_learning_rate
 from sharding import keep_embeddings_whole, plan_sharding
 from stopping import StopSignal
 from tqdm import tqdm
+from watch import Watch
 
 MEASURED = (
     "loss",
@@ -29,7 +31,8 @@ MEASURED = (
     "itm_accuracy",
     "temperature",
 )  # of outputs, where they have them
-SHOWN = ("loss", "loss_itc", "loss_itm", "loss_itg", "lr", "samples_per_second")  # in the progress bar
+SHOWN = {"loss": "loss", "loss_itc": "itc", "loss_itm": "itm", "loss_itg": "itg", "lr": "lr"}  # in the progress bar
+SHOWN["samples_per_second"] = "images/s"
 
 
 def plain_step(accelerator: Accelerator, model: torch.nn.Module, inputs: dict):
@@ -57,6 +60,7 @@ def train(
     eval_steps: int | None,
     validate: Callable[[], dict],
     best: Best,
+    watch: Watch,
     ema_decay: float | None = None,
     forward_inputs: Callable[[int], dict] = lambda forward: {},
     forward_backward: Callable = plain_step,
@@ -70,7 +74,7 @@ def train(
         batches: this process's micro-batches from the resumed position on.
         learning_rate: learning rate of a step, counted from 0.
         validate: run every `eval_steps` on all processes; its figures join metrics.jsonl.
-        best: judges the validations.
+        best: judges the validations. watch: warns of what it sees in the figures.
         ema_decay: decay of the average of the weights that is validated; None for none.
         forward_inputs: more arguments for the model, given the number of the forward.
         forward_backward: of (accelerator, model, inputs); leaves gradients, returns the outputs.
@@ -125,13 +129,15 @@ def train(
             if step % logging_steps == 0 or step == max_steps:
                 line = {"step": step, **meter.read(accelerator), "lr": learning_rate(step - 1)}
                 log(accelerator, output_dir, line)
-                progress.set_postfix({key: f"{line[key]:.3g}" for key in SHOWN if key in line})
+                watch.look(line)
+                progress.set_postfix({SHOWN[key]: f"{line[key]:.3g}" for key in SHOWN if key in line})
             improved = False
             if eval_steps and step % eval_steps == 0 and step < max_steps and not signal_number:
                 with averages.in_place() if averages else contextlib.nullcontext():
                     figures = validate()
                     free_gathered(accelerator.unwrap_model(model))  # validated weights stay gathered otherwise
                 log(accelerator, output_dir, {"step": step, **figures})
+                watch.look({"step": step, **figures})
                 improved = best.update(step, figures)
                 model.train()
                 meter.restart_clock()
@@ -144,6 +150,7 @@ def train(
                     keep_newest(output_dir, save_total_limit, best.step)
             if signal_number and step < max_steps:
                 accelerator.print(f"Stopped after step {step} of {max_steps}, saved. The same command continues.")
+                close_trackers(accelerator)
                 raise SystemExit(128 + signal_number)
     progress.close()
     return averages
@@ -217,8 +224,16 @@ def peak_memory_mb() -> float:
 
 
 def log(accelerator: Accelerator, output_dir: Path, line: dict) -> None:
-    """Append a line to metrics.jsonl and hand it to the trackers."""
+    """Append a line to metrics.jsonl and hand it to the trackers; a validation also draws curves.png anew."""
     if accelerator.is_main_process:
         with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if "lr" not in line:
+            draw_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
     accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+
+def close_trackers(accelerator: Accelerator) -> None:
+    """Let trackers write what they hold; the process group stays, unlike after accelerate's end_training."""
+    for tracker in accelerator.trackers:
+        tracker.finish()

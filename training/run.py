@@ -19,6 +19,7 @@ from lora import LoraCheckpoint, add_lora
 from optim import build_optimizer, learning_rate_at
 from order import BatchOrder, visit_order
 from skipping import record_skips
+from watch import Watch, query_similarity
 
 from modeling_blip2x import Blip2xProcessor
 
@@ -120,6 +121,7 @@ def fit(
         peak=args.learning_rate,
         floor=args.min_learning_rate,
     )
+    watch = Watch(args.warmup_steps, say=lambda text: accelerator.print(f"\n{text}"))
     best = Best(args.metric_for_best_model, args.best_is_greatest)
     seed_training(args.seed, accelerator)
     averages = train(
@@ -136,8 +138,9 @@ def fit(
         save_steps=args.save_steps,
         save_total_limit=args.save_total_limit,
         eval_steps=args.eval_steps,
-        validate=lambda: validate(False),
+        validate=lambda: with_similarity(model, validate, final=False),
         best=best,
+        watch=watch,
         ema_decay=args.ema_decay,
         forward_inputs=forward_inputs,
         forward_backward=forward_backward,
@@ -150,9 +153,17 @@ def fit(
             [checkpoint, processor],
             output_dir=output_dir,
             max_steps=max_steps,
-            figures=validate(True),
+            figures=with_similarity(model, validate, final=True),
             best=best,
+            watch=watch,
             save_total_limit=args.save_total_limit,
             load_best_model=args.load_best_model_at_end,
             averaged=averages is not None,
         )
+
+
+def with_similarity(model: torch.nn.Module, validate: Callable[[bool], dict], final: bool) -> dict[str, float]:
+    """Figures of a validation, and how alike the queries are in its first batch."""
+    with query_similarity(model) as similarity:
+        figures = validate(final)
+    return figures | similarity if figures else {}

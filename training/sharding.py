@@ -1,9 +1,9 @@
-"""Under `accelerate launch`: FSDP2 with the model's own units, and a check that the processes found one another."""
+"""Under `accelerate launch`: FSDP2 with the model's own units, DeepSpeed, and a check that processes found one another."""
 
 import os
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate import Accelerator, DeepSpeedPlugin, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
@@ -19,11 +19,30 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def shard_on_cpu(accelerator: Accelerator) -> None:
-    """accelerate hands an FSDP config on to GPUs only, though FSDP2 runs over gloo too; here it gets it anywhere."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    """accelerate hands FSDP and DeepSpeed configs on to GPUs only, though both run over gloo too; here they go anywhere."""
+    if accelerator.distributed_type != DistributedType.MULTI_CPU:
+        return
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        plugin = DeepSpeedPlugin()
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+        accelerator.state.deepspeed_plugins = {"default": plugin}
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.DEEPSPEED
+        plugin.select(_from_accelerator_state=True)
+        accelerator.deepspeed_engine_wrapped = None  # as Accelerator itself starts with
+
+
+def plan_deepspeed(accelerator: Accelerator, batch_size: int, accumulation_steps: int, max_grad_norm: float) -> None:
+    """DeepSpeed accumulates and clips by itself: the fields of the script count, not those of its config file."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.gradient_accumulation_steps = accumulation_steps
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": batch_size,
+            "gradient_accumulation_steps": accumulation_steps,
+            "gradient_clipping": max_grad_norm,
+        }
 
 
 def plan_sharding(accelerator: Accelerator, model: torch.nn.Module) -> None:

@@ -1,0 +1,55 @@
+"""curves.png in the folder of a run: losses, learning rate and validation over the steps."""
+
+import json
+import os
+from pathlib import Path
+
+PER_COLUMN = 2
+
+
+def draw_curves(metrics: Path, picture: Path) -> None:
+    """Draw the lines of metrics.jsonl: a panel each for the losses, validation losses, learning rate, other figures."""
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    panels = [panel for panel in choose_panels(lines) if panel[1]]
+    if not panels:
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # not pyplot: it would keep every figure and look for a screen
+
+    rows = -(-len(panels) // PER_COLUMN)
+    figure = Figure(figsize=(6.4 * min(PER_COLUMN, len(panels)), 3.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, names) in enumerate(panels):
+        axes = figure.add_subplot(rows, min(PER_COLUMN, len(panels)), number + 1)
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if name in line]
+            steps, values = zip(*points)
+            axes.plot(steps, values, label=name, marker="o" if len(points) < 30 else None, markersize=3, linewidth=1.2)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, ncols=1 + len(names) // 5)
+    unfinished = picture.with_name(f".{picture.name}.tmp")
+    figure.savefig(unfinished, format="png", dpi=110)
+    os.replace(unfinished, picture)
+
+
+def choose_panels(lines: list[dict]) -> list[tuple[str, list[str]]]:
+    """(title, names of figures); what has no line has no place."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    losses = [name for name in names if name.startswith("loss")]
+    evaluated = [name for name in names if name.startswith("eval_loss")]
+    recalls = [name for name in names if name.startswith(("i2t_", "t2i_")) and name.count("_") == 1]
+    shares = [
+        name
+        for name in names
+        if "accuracy" in name or name in ("query_similarity", "temperature", "eval_temperature", "eval_token_accuracy")
+    ]
+    return [
+        ("training losses", losses),
+        ("validation losses", evaluated),
+        ("retrieval by ITC, percent", recalls),
+        ("accuracies, query similarity, temperature", shares),
+        ("learning rate", [name for name in names if name == "lr"]),
+        ("gradient norm", [name for name in names if name == "grad_norm"]),
+    ]

@@ -1,0 +1,79 @@
+"""What a user should hear of while it happens: ITM at the constant predictor, queries that have become one."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+CONSTANT_LOSS, CONSTANT_ACCURACY = 0.6365, 0.667  # entropy and accuracy of "no match" at one match to two negatives
+NEAR = 0.01
+WINDOW = 50  # steps at least
+COLLAPSED = 0.99  # mean cosine of two queries of one image
+
+
+class Watch:
+    """Looks at the lines of metrics.jsonl and says once, in words, what is wrong."""
+
+    def __init__(self, warmup_steps: int, say: Callable[[str], None]):
+        self.warmup_steps, self.say, self.told = warmup_steps, say, set()
+        self.lines: list[dict] = []
+
+    def look(self, line: dict) -> None:
+        """A line of training, after warm-up gathered to windows, or of validation."""
+        if line.get("query_similarity", 0.0) > COLLAPSED:
+            self.tell(
+                "queries",
+                f"Step {line['step']}: the queries have collapsed onto one another (mean cosine of their outputs "
+                f"{line['query_similarity']:.3f}), so all of them tell the same of an image. Start over with a lower "
+                "--learning_rate or more --warmup_steps.",
+            )
+        if "loss_itm" not in line or "lr" not in line or line["step"] <= self.warmup_steps:
+            return
+        self.lines.append(line)
+        if line["step"] - self.lines[0]["step"] + 1 < WINDOW:
+            return
+        loss, accuracy = (
+            sum(one[name] for one in self.lines) / len(self.lines) for name in ("loss_itm", "itm_accuracy")
+        )
+        self.lines = []
+        if abs(loss - CONSTANT_LOSS) < NEAR and abs(accuracy - CONSTANT_ACCURACY) < NEAR:
+            self.tell(
+                "itm",
+                f"Step {line['step']}: ITM answers 'no match' to everything (mean loss {loss:.4f}, accuracy "
+                f"{accuracy:.3f}; the constant predictor has 0.6365 and 0.667). Hard negatives drawn by an ITC that knows "
+                "little leave it nothing to learn: pass --hard_negative_steps N to begin with easier ones.",
+            )
+
+    def tell(self, kind: str, text: str) -> None:
+        if kind not in self.told:
+            self.told.add(kind)
+            self.say(f"warning: {text}")
+
+
+@contextmanager
+def query_similarity(model: torch.nn.Module) -> Iterator[dict[str, float]]:
+    """Within, the first batch that passes the Q-Former's queries fills the dict: `query_similarity`, no extra forward.
+
+    The mean cosine of two different query outputs of one image: 1 when all queries are alike.
+    """
+    figures = {}
+
+    def read(layer, arguments, output) -> None:
+        num_queries = arguments[1]
+        if not figures and num_queries > 1:
+            figures["query_similarity"] = mean_cosine(output[0][:, :num_queries])
+
+    handle = model.shared_model.qformer.layers[-1].register_forward_hook(read)
+    try:
+        yield figures
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def mean_cosine(queries: torch.Tensor) -> float:
+    """Of all pairs of different rows, queries (B, Q, H)."""
+    unit = torch.nn.functional.normalize(queries.float(), dim=-1)
+    cosines = unit @ unit.transpose(1, 2)
+    count = queries.shape[1]
+    return ((cosines.sum(dim=(1, 2)) - count) / (count * (count - 1))).mean().item()
