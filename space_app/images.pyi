@@ -1,0 +1,120 @@
+"""Uploads become pictures here, or a sentence that says why not.
+
+Only files that Gradio took in are opened (its own check, before `preprocess`), and only here: size on disk, format and
+dimensions are checked before a pixel is decoded.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import gradio as gr
+from gradio_client.utils import is_http_url_like
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF", "MPO")
+MAX_MEGABYTES = float(os.environ.get("BLIP2X_MAX_MEGABYTES", "20"))
+MAX_MEGAPIXELS = float(os.environ.get("BLIP2X_MAX_MEGAPIXELS", "40"))
+MAX_IMAGES = 64  # in a gallery
+LARGEST_SIDE = 1024  # pixels kept: towers see 224 to 490, and pages show no more
+
+def open_upload(path: str | Path) -> Image.Image:
+    """The picture in a file: upright, RGB, at most 1024 pixels a side.
+
+    Raises:
+        gr.Error: too large on disk or in pixels, cut off, or not a picture.
+    """
+    megabytes = os.path.getsize(path) / 1e6
+    if megabytes > MAX_MEGABYTES:
+        raise gr.Error(f"This file has {megabytes:.1f} MB; at most {MAX_MEGABYTES:g} MB are taken. Send a smaller one.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+            image = Image.open(path, formats=FORMATS)
+            megapixels = image.width * image.height / 1e6
+            if megapixels > MAX_MEGAPIXELS:
+                raise gr.Error(
+                    f"This picture has {megapixels:.0f} megapixels ({image.width} x {image.height}); at most "
+                    f"{MAX_MEGAPIXELS:g} are taken. Send a smaller one."
+                )
+            image.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))  # JPEG decodes at a fraction of its size
+            image.load()
+        image = ImageOps.exif_transpose(image)
+        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
+        return on_white(image)
+    except UnidentifiedImageError as error:
+        raise gr.Error("This file is not a picture. Send a JPEG, PNG, WebP, GIF, BMP or AVIF file.") from error
+    except Image.DecompressionBombError as error:
+        raise gr.Error(
+            f"This picture has far too many pixels; at most {MAX_MEGAPIXELS:g} megapixels are taken."
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
+        raise gr.Error("This picture is damaged or cut off. Save it again and send it once more.") from error
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white, as on paper."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+class _Uploads:
+    """What both components refuse: addresses that the server would have to fetch."""
+
+    is_template = True  # the page shows it as the component it derives from
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path):
+        if url_or_file_path is not None and is_http_url_like(str(url_or_file_path)):
+            raise gr.Error("Addresses are not fetched. Send the picture itself.")
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+def _check_file(file) -> str:
+    if file.url and file.url.startswith("data:"):
+        raise gr.Error("Send the picture as a file, not as a data address.")
+    if not file.path:
+        raise gr.Error("There is no picture. Upload one, paste one, or choose an example.")
+    return file.path
+
+from gradio.events import Dependency
+
+class ImageUpload(gr.Image):
+    """gr.Image whose value in functions is a checked PIL image, or None."""
+
+    is_template = True  # on the page it is a gr.Image
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path):
+        _check_resource(url_or_file_path)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+    def preprocess(self, payload):
+        return None if payload is None else open_upload(_check_file(payload))
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+class GalleryUpload(gr.Gallery):
+    """gr.Gallery whose value in functions is a list of checked PIL images."""
+
+    is_template = True
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path):
+        _check_resource(url_or_file_path)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+    def preprocess(self, payload):
+        entries = [] if payload is None else payload.root
+        if len(entries) > MAX_IMAGES:
+            raise gr.Error(f"These are {len(entries)} pictures; at most {MAX_IMAGES} are taken at once.")
+        if any(not hasattr(entry, "image") for entry in entries):
+            raise gr.Error("Videos are not taken. Send pictures.")
+        return [open_upload(_check_file(entry.image)) for entry in entries]
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
