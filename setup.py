@@ -18,8 +18,9 @@ CORE = [
 ]
 TRAIN = ["accelerate>=1.15.0", "datasets>=5.2.0", "peft>=0.21.2", "pyyaml>=6.0", "tqdm>=4.67.0", "matplotlib>=3.10.0"]
 EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0"]
-SPACE = ["gradio>=6.31.0"]
-TEST = [*TRAIN, *EVAL, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]
+SPACE = ["gradio>=6.31.0", "psutil>=7.0.0"]
+BROWSER = ["playwright>=1.65.0", "axe-playwright-python>=0.1.8"]
+TEST = [*TRAIN, *EVAL, *SPACE, *BROWSER, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]
 
 setup(
     name="blip2x",

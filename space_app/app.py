@@ -70,15 +70,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def own_cache() -> None:
-    """Uploads and cached examples of this run lie in a folder of their own, which goes when the run ends."""
+    """Uploads of this run lie in a folder of their own, which goes when the run ends."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     if "GRADIO_TEMP_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="blip2x_space_")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as a container is stopped
         os.environ["GRADIO_TEMP_DIR"] = folder
-    # Captions of examples are those of this run's model.
-    os.environ["GRADIO_EXAMPLES_CACHE"] = str(Path(os.environ["GRADIO_TEMP_DIR"]) / "examples")
 
 
 def defaults(models, arguments: argparse.Namespace) -> tuple[str, int]:

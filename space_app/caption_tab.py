@@ -1,9 +1,11 @@
 """The Caption tab and the endpoint /caption."""
 
+from threading import Event
+
 import answers
 import gradio as gr
 from controls import EXAMPLES, MODEL_EVENT, run_and_stop, settings_panel
-from images import ImageUpload
+from images import ImageUpload, open_upload
 from models import Models
 from settings import Settings, check_image, check_text
 from work import cancellable, with_plain_errors
@@ -46,10 +48,9 @@ def build(models: Models, prompt: str) -> None:
         for found in cancellable(lambda stop: answers.caption(part, picture, text, settings, stop), gr.skip()):
             yield "\n".join(found) if isinstance(found, list) else found
 
-    def example(image):
-        *_, text = caption(image, prompt)
-        return text
-
+    captioned = [
+        [str(path), *answers.caption(part, open_upload(path), prompt, Settings(), Event())] for path in EXAMPLES
+    ]
     with gr.Row():
         with gr.Column():
             image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=320)
@@ -66,15 +67,7 @@ def build(models: Models, prompt: str) -> None:
             run, stop = run_and_stop("Caption")
         with gr.Column():
             text = gr.Textbox(label="Caption", lines=3, buttons=["copy"], elem_id="caption-text")
-            gr.Examples(
-                [[str(path)] for path in EXAMPLES],
-                inputs=[image],
-                outputs=[text],
-                fn=example,
-                cache_examples=True,
-                label="Examples, captioned before",
-                api_visibility="private",
-            )
+            gr.Examples(captioned, inputs=[image, text], label="Examples, captioned before", api_visibility="private")
     event = gr.on(
         [run.click, box.submit],
         caption,

@@ -31,19 +31,16 @@ def open_upload(path: str | Path) -> Image.Image:
         raise gr.Error(f"This file has {megabytes:.1f} MB; at most {MAX_MEGABYTES:g} MB are taken. Send a smaller one.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            image = Image.open(path, formats=FORMATS)
-            megapixels = image.width * image.height / 1e6
-            if megapixels > MAX_MEGAPIXELS:
-                raise gr.Error(
-                    f"This picture has {megapixels:.0f} megapixels ({image.width} x {image.height}); at most "
-                    f"{MAX_MEGAPIXELS:g} are taken. Send a smaller one."
-                )
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            opened = Image.open(path, formats=FORMATS)
+        with opened as image:
+            _check_size(image)
             image.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))  # JPEG decodes at a fraction of its size
-            image.load()
-        image = ImageOps.exif_transpose(image)
-        image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
-        return on_white(image)
+            upright = ImageOps.exif_transpose(image)
+        upright.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
+        return on_white(upright)
+    except gr.Error:  # a ValueError
+        raise
     except UnidentifiedImageError as error:
         raise gr.Error("This file is not a picture. Send a JPEG, PNG, WebP, GIF, BMP or AVIF file.") from error
     except Image.DecompressionBombError as error:
@@ -52,6 +49,15 @@ def open_upload(path: str | Path) -> Image.Image:
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
         raise gr.Error("This picture is damaged or cut off. Save it again and send it once more.") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    megapixels = image.width * image.height / 1e6
+    if megapixels > MAX_MEGAPIXELS:
+        raise gr.Error(
+            f"This picture has {megapixels:.0f} megapixels ({image.width} x {image.height}); at most "
+            f"{MAX_MEGAPIXELS:g} are taken. Send a smaller one."
+        )
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -110,4 +110,4 @@ def build(models: Models, prompt: str) -> None:
 
 
 def _choices(label: str, numbers) -> gr.Dropdown:
-    return gr.Dropdown([AVERAGE, *map(str, numbers)], value=AVERAGE, label=label, min_width=90, filterable=False)
+    return gr.Dropdown([AVERAGE, *map(str, numbers)], value=AVERAGE, label=label, min_width=130, filterable=False)

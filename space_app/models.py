@@ -175,6 +175,7 @@ def _load(checkpoint: str, device: str, dtype: str, quantization: str) -> Part:
     if quantization == "none":
         model.to(device)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=carried)
+    model.check_processor(processor)
     return Part(name_of(checkpoint), checkpoint, model, processor, quantization)
 
 
