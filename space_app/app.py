@@ -14,7 +14,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from pathlib import Path
 
 SWEEP, KEPT = 600, 3600  # seconds: how often the cache is swept, and how old its files get
 QUEUE = 64  # requests that may wait; more are told to come back
@@ -116,7 +115,14 @@ def build(models, prompt: str = PROMPT, turns: int = 10):
                 look_tab.build(models, prompt)
             with gr.Tab("About") as tab:
                 facts = gr.HTML(about.about(models))
-                tab.select(lambda: about.about(models), None, facts, queue=False, api_visibility="private")
+                tab.select(
+                    lambda: about.about(models),
+                    None,
+                    facts,
+                    queue=False,
+                    show_progress="hidden",
+                    api_visibility="private",
+                )
     return page
 
 

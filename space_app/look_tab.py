@@ -57,7 +57,8 @@ def build(models: Models, prompt: str) -> None:
                 head = _choices("Head", range(heads))
                 query = _choices("Query", range(queries))
             run, stop = run_and_stop("Show where it looks")
-            gr.Examples([[str(path)] for path in EXAMPLES], inputs=[image], label="Examples", api_visibility="private")
+            views = [[str(path), str(number % queries)] for number, path in enumerate(EXAMPLES[:4])]
+            gr.Examples(views, inputs=[image, query], label="Examples", api_visibility="private")
         with gr.Column():
             heat = gr.Image(
                 label="Where the queries look",

@@ -60,10 +60,9 @@ def build(models: Models) -> None:
             with gr.Tab("Texts for a picture"), gr.Row():
                 with gr.Column():
                     image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=260)
-                    gr.Examples(
-                        [[str(p)] for p in EXAMPLES], inputs=[image], label="Examples", api_visibility="private"
-                    )
                     texts = gr.Textbox(TEXTS, label="Texts, one on each line", lines=4, max_lines=12)
+                    pairs = [[str(path), TEXTS] for path in EXAMPLES[:3]]
+                    gr.Examples(pairs, inputs=[image, texts], label="Examples", api_visibility="private")
                     run_texts, stop_texts = run_and_stop("Rank texts")
                 with gr.Column():
                     page = gr.HTML(label="Best first", elem_id="text-ranking")
