@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         with serving("--model", *folders) as (address, process):
             figures = measure(address, psutil.Process(process.pid), EXAMPLES, expected, arguments)
     for name, value in figures.items():
-        print(f"{name:<28}{value}")
+        print(f"{name:<30}{value}")
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     sys.exit(bool(figures["errors"] or figures["mixed up"]))

@@ -91,21 +91,10 @@ def build(models: Models, turns: int) -> None:
     with gr.Row(visible=on):
         with gr.Column():
             image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=320)
-            with gr.Accordion("Memory", open=False):
-                remembered = gr.Slider(
-                    0,
-                    MAX_TURNS,
-                    value=turns,
-                    step=1,
-                    label="Earlier turns told",
-                    info="Models tuned on single questions answer best with 0.",
-                )
-            panel = settings_panel(longest=20, beams=1)
-            examples = gr.Column()
         with gr.Column():
             chat = gr.Chatbot(
                 label="Chat",
-                height=380,
+                height=320,
                 placeholder="Choose a picture, then ask about it.",
                 render_markdown=False,
                 buttons=[],
@@ -118,9 +107,19 @@ def build(models: Models, turns: int) -> None:
             with gr.Row(elem_classes="buttons"):
                 stop = gr.Button("Stop", min_width=80)
                 clear = gr.Button("Clear", min_width=80)
-        with examples:
-            pairs = [[str(path), question] for path, question in zip(EXAMPLES, QUESTIONS)]
-            gr.Examples(pairs, inputs=[image, box], label="Examples", api_visibility="private")
+    with gr.Column(visible=on):
+        with gr.Accordion("Memory", open=False):
+            remembered = gr.Slider(
+                0,
+                MAX_TURNS,
+                value=turns,
+                step=1,
+                label="Earlier turns told",
+                info="Models tuned on single questions answer best with 0.",
+            )
+        panel = settings_panel(longest=20, beams=1)
+        pairs = [[str(path), question] for path, question in zip(EXAMPLES, QUESTIONS)]
+        gr.Examples(pairs, inputs=[image, box], label="Examples", api_visibility="private")
 
     private = {"api_visibility": "private"}
     given = [image, chat, remembered, *panel]
