@@ -6,7 +6,7 @@ OUTPUT ?= runs/quickstart
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install lint test test-slow clean
+.PHONY: demo install browser lint test test-slow clean
 
 demo: $(INSTALLED)
 	$(BIN)/python training/quickstart.py --output_dir $(OUTPUT)
@@ -18,12 +18,19 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
 	touch $@
 
+# For the tests of the Space. Where none can be had, they say so and are skipped.
+browser:
+	@command -v chromium google-chrome chromium-browser >/dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
+	|| echo "No Chromium here, and it cannot be installed: browser tests will be skipped."
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 # Two workers of one thread each: the models of the tests are too small for more threads to help.
-test: lint
+test: lint browser
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 10
 
 test-slow: $(INSTALLED)

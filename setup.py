@@ -26,9 +26,10 @@ TRAIN = [
     "tensorboard>=2.20.0",
 ]
 EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0"]
-SPACE = ["gradio>=6.31.0"]
+SPACE = ["gradio>=6.31.0", "psutil>=7.0.0"]
 QUANTIZE = ["bitsandbytes>=0.50.0"]  # 4- and 8-bit language models
-TEST = [*TRAIN, *EVAL, *QUANTIZE, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]
+BROWSER = ["playwright>=1.65.0", "axe-playwright-python>=0.1.8"]
+TEST = [*TRAIN, *EVAL, *QUANTIZE, *SPACE, *BROWSER, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]
 
 setup(
     name="blip2x",

@@ -144,7 +144,9 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
     ) -> torch.Tensor:
         """Captions by the ITG head, without a language model: ids (B, up to 1 + max_new_tokens), [DEC] first.
 
-        generation_arguments: those of transformers' generate (num_beams, do_sample, top_p, ...), checked by it.
+        generation_arguments: those of transformers' generate (num_beams, do_sample, top_p, ...), checked by it. With
+            return_dict_in_generate and output_attentions, attentions of each step and layer are (B, heads, L, Q + L),
+            text to queries and text.
         """
         vision_embeds = self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
         image = self.model.image_key_values(vision_embeds)
@@ -193,16 +195,27 @@ class ItgDecoder(PreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         query_key_values: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        output_attentions: bool = False,
         return_dict: bool | None = None,
     ) -> CausalLMOutput:
-        """input_ids (B, L), query_key_values (B, layers, 2, heads, Q, d) -> logits (B, 1, vocabulary) of the next token."""
+        """input_ids (B, L), query_key_values (B, layers, 2, heads, Q, d) -> logits (B, 1, vocabulary) of the next token.
+
+        attentions, if asked for: of each layer (B, heads, L, Q + L), text to queries and text.
+        """
         prefix = tuple((kv[:, 0], kv[:, 1]) for kv in query_key_values.unbind(dim=1))
         attention_mask = torch.ones_like(input_ids)  # no padding: every text started with the same single token
-        hidden = self.qformer.decode_text(input_ids, attention_mask, prefix).hidden[:, -1:]
-        return CausalLMOutput(logits=self.head(hidden, self.qformer.embeddings.word_embeddings.weight))
+        text = self.qformer.decode_text(input_ids, attention_mask, prefix, output_attentions)
+        logits = self.head(text.hidden[:, -1:], self.qformer.embeddings.word_embeddings.weight)
+        return CausalLMOutput(logits=logits, attentions=text.attentions if output_attentions else None)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, query_key_values: torch.Tensor, **_) -> dict:
-        return {"input_ids": input_ids, "query_key_values": query_key_values}
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, query_key_values: torch.Tensor, output_attentions: bool = False, **_
+    ) -> dict:
+        return {
+            "input_ids": input_ids,
+            "query_key_values": query_key_values,
+            "output_attentions": output_attentions,
+        }
 
 
 __all__ = ["Blip2xForPreTraining", "Blip2xConfig"]

@@ -261,7 +261,11 @@ class QFormer(PreTrainedModel):
         return self._run(hidden, num_queries, mask, image_key_values, None, return_weights)
 
     def decode_text(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, query_key_values: tuple[KeyValues, ...]
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        query_key_values: tuple[KeyValues, ...],
+        return_weights: bool = False,
     ) -> QFormerOutput:
         """Multimodal causal: text (B, L) sees all queries, through their cached keys and values, and earlier text."""
         length = input_ids.shape[1]
@@ -269,7 +273,7 @@ class QFormer(PreTrainedModel):
         causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
         text_mask = causal[None, None] & attention_mask[:, None, None, :].bool()  # (B, 1, L, L)
         mask = torch.cat([text_mask.new_ones(len(input_ids), 1, length, num_queries), text_mask], dim=-1)
-        return self._run(self._embed(input_ids), 0, mask, None, query_key_values, False)
+        return self._run(self._embed(input_ids), 0, mask, None, query_key_values, return_weights)
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self.embeddings is None:

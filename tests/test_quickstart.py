@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from quickstart import Budget, run_quickstart
 from toy_report import misses, table
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -36,6 +37,23 @@ def test_every_figure_is_reported(finished):
     assert "no ITG" in table(results) and "blind" in table(results)
     assert (output_dir / "report.png").stat().st_size > 10_000
     assert len(json.loads((output_dir / "shown" / "shown.json").read_text())) == 8
+
+
+def test_each_stage_gets_a_card_with_the_figures_of_this_run(finished):
+    output_dir, results = finished
+    for stage in ("stage1", "stage2"):
+        card = ModelCard.load(output_dir / stage / "README.md")
+        assert f"```\n{table(results)}\n```" in card.text and "## Limits" in card.text
+        assert card.data.license == "apache-2.0" and card.data.to_dict()["demo"] == {
+            "prompt": "a picture of",
+            "turns": 0,
+        }
+
+
+def test_the_last_line_is_the_command_that_opens_the_demo(finished, capsys):
+    output_dir, _ = finished
+    run_quickstart(output_dir, 0, budget=TINY)
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"space_app/app.py --model {output_dir}")
 
 
 def test_running_again_continues_instead_of_starting_over(finished):

@@ -161,6 +161,7 @@ def run_quickstart(output_dir: Path, seed: int, ablations: bool = False, budget:
         results["no ITG"] = score(no_itg, stage2("stage2_without_itg", "--init_from", str(no_itg)))
 
     (output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_card([first, second], table(results))
     print("\n" + table(results) + "\n")
     print("A fresh process loads the result through AutoModelForImageTextToText and AutoProcessor:", flush=True)
     show = [sys.executable, str(HERE / "toy_show.py"), "--model", str(second)]
@@ -172,7 +173,21 @@ def run_quickstart(output_dir: Path, seed: int, ablations: bool = False, budget:
     report = write_picture(output_dir, shown, curves)
     clock.lap("fresh process and report")
     print(f"\n{clock}\nReport: {report}\nModel: {second}")
+    print(f"To see it in a browser: {python_of_the_space()} space_app/app.py --model {output_dir}")
     return results
+
+
+def write_card(folders: list[Path], figures: str) -> None:
+    """model_card.md as README.md of each folder, with the figures of this run in the place of its own."""
+    before, _, after = (HERE.parent / "model_card.md").read_text(encoding="utf-8").split("```\n")
+    for folder in folders:
+        (folder / "README.md").write_text(f"{before}```\n{figures}\n```\n{after}", encoding="utf-8")
+
+
+def python_of_the_space() -> str:
+    """How to call this Python from here: as it was called, if from a folder below."""
+    python = Path(sys.executable)
+    return str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else str(python)
 
 
 class Clock:

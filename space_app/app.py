@@ -1,0 +1,155 @@
+"""Caption, ask, chat, match, search, and see where the queries look.
+
+    python space_app/app.py --model FOLDER_OR_HUB_ID [FOLDER_OR_HUB_ID]
+
+A stage-2 checkpoint captions and chats, its stage-1 checkpoint matches and searches; name either, both, or the output
+folder of the quickstart. On a Hugging Face Space the environment says the same: BLIP2X_MODEL (several parted by commas),
+BLIP2X_DEVICE, BLIP2X_DTYPE, BLIP2X_QUANTIZATION, BLIP2X_PROMPT, BLIP2X_TURNS.
+"""
+
+import argparse
+import atexit
+import os
+import shutil
+import signal
+import sys
+import tempfile
+
+SWEEP, KEPT = 600, 3600  # seconds: how often the cache is swept, and how old its files get
+QUEUE = 64  # requests that may wait; more are told to come back
+PROMPT = "a picture of"
+WELCOME = "Caption pictures, ask about them, match and search them with words, and see where the model looks."
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    own_cache()
+    from models import find_checkpoints, load_models
+
+    checkpoints = find_checkpoints(arguments.model)
+    models = load_models(checkpoints, arguments.device, arguments.dtype, arguments.quantization)
+    for part in models.parts:
+        print(
+            f"Loaded {part.source} on {part.model.device}, {str(part.model.dtype).removeprefix('torch.')}.", flush=True
+        )
+    prompt, turns = defaults(models, arguments)
+    launch(build(models, prompt, turns), arguments.host, arguments.port, arguments.share)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    def environment(name: str, default: str | None = None) -> str | None:
+        return os.environ.get(f"BLIP2X_{name}") or default
+
+    parser = argparse.ArgumentParser(description="The demo: caption, chat, match, search, look.")
+    named = (environment("MODEL") or "").replace(",", " ").split()
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=named,
+        help="Folders or hub ids: a stage-2 checkpoint, a stage-1 checkpoint, or both.",
+    )
+    parser.add_argument("--device", default=environment("DEVICE", "auto"), help="auto, cpu, cuda, mps.")
+    parser.add_argument("--dtype", default=environment("DTYPE", "auto"), help="auto, float32, bfloat16, float16.")
+    parser.add_argument("--quantization", default=environment("QUANTIZATION", "none"), help="none, 8bit, 4bit.")
+    parser.add_argument(
+        "--prompt",
+        default=environment("PROMPT"),
+        help=f"What captions go on from; by default as the card says, or {PROMPT!r}.",
+    )
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=environment("TURNS"),
+        help="Earlier turns of a chat that the model is told; by default as the card says, or 10.",
+    )
+    parser.add_argument("--host", help="Address to listen on; 127.0.0.1 by default, 0.0.0.0 on a Space.")
+    parser.add_argument("--port", type=int, help="7860 by default, or the next free one.")
+    parser.add_argument("--share", action="store_true", help="A public link through Gradio's servers.")
+    return parser.parse_args(argv)
+
+
+def own_cache() -> None:
+    """Uploads of this run lie in a folder of their own, which goes when the run ends."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="blip2x_space_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as a container is stopped
+        os.environ["GRADIO_TEMP_DIR"] = folder
+
+
+def defaults(models, arguments: argparse.Namespace) -> tuple[str, int]:
+    """Prompt and number of turns: as told, else as the model card's header says under `demo`, else the usual ones."""
+    from about import card_of
+
+    card = card_of(models.captioner)
+    stated = (card.data.to_dict().get("demo") if card else None) or {}
+    prompt = arguments.prompt if arguments.prompt is not None else str(stated.get("prompt", PROMPT))
+    turns = arguments.turns if arguments.turns is not None else int(stated.get("turns", 10))
+    return prompt, min(max(turns, 0), 50)
+
+
+def build(models, prompt: str = PROMPT, turns: int = 10):
+    """The page (gr.Blocks) for the loaded models."""
+    import about
+    import caption_tab
+    import chat_tab
+    import gradio as gr
+    import look_tab
+    import match_tab
+    import search_tab
+
+    names = " and ".join(part.name for part in models.parts)
+    with gr.Blocks(title=f"blip2x: {names}", analytics_enabled=False, delete_cache=(SWEEP, KEPT)) as page:
+        gr.Markdown(f"# blip2x\n{WELCOME} Here: {names}.", elem_id="title")
+        with gr.Tabs():
+            with gr.Tab("Caption"):
+                caption_tab.build(models, prompt)
+            with gr.Tab("Chat"):
+                chat_tab.build(models, turns)
+            with gr.Tab("Match"):
+                match_tab.build(models)
+            with gr.Tab("Search"):
+                search_tab.build(models)
+            with gr.Tab("Look"):
+                look_tab.build(models, prompt)
+            with gr.Tab("About") as tab:
+                facts = gr.HTML(about.about(models))
+                tab.select(
+                    lambda: about.about(models),
+                    None,
+                    facts,
+                    queue=False,
+                    show_progress="hidden",
+                    api_visibility="private",
+                )
+    return page
+
+
+def launch(page, host: str | None = None, port: int | None = None, share: bool = False, wait: bool = True) -> str:
+    """Serves the page; returns its address, at once if not `wait`."""
+    from images import MAX_MEGABYTES
+    from theme import CSS, theme
+
+    _, address, _ = page.queue(max_size=QUEUE).launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        theme=theme(),
+        css_paths=[CSS],
+        max_file_size=int(MAX_MEGABYTES * 1e6),
+        allowed_paths=[],
+        ssr_mode=False,
+        pwa=False,
+        footer_links=["api", "settings"],
+        state_session_capacity=1000,
+        prevent_thread_lock=not wait,
+    )
+    return address
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,148 @@
+"""The Chat tab and the endpoint /answer. A chat lives in its visitor's page and nowhere else."""
+
+import answers
+import gradio as gr
+from controls import EXAMPLES, MODEL_EVENT, QUESTIONS, notice, settings_panel
+from images import ImageUpload
+from models import NO_LANGUAGE_MODEL, Models
+from settings import MAX_TURNS, Settings, check_image, check_text
+from work import with_plain_errors
+
+LEFT_OUT = "The language model has no room for the whole chat: the first {} of its turns were left out."
+
+
+def turns_of(messages: list[dict]) -> list[tuple[str, str]]:
+    """[(question, answer), ...] of a chatbot's messages that were answered."""
+    texts = [(message["role"], _text_of(message["content"])) for message in messages]
+    return [
+        (asked, answered)
+        for (asker, asked), (answerer, answered) in zip(texts, texts[1:])
+        if (asker, answerer) == ("user", "assistant")
+    ]
+
+
+def _text_of(content) -> str:
+    if isinstance(content, str):
+        return content
+    return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+
+
+def ask(question: str, messages: list[dict]):
+    """Puts a question into the chat, and empties the box."""
+    return "", [*messages, {"role": "user", "content": check_text(question, "The question")}]
+
+
+def undo(messages: list[dict]):
+    """Takes the last question and what follows it off, and puts it back into the box."""
+    last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last is None:
+        return "", []
+    return _text_of(messages[last]["content"]), messages[:last]
+
+
+def build(models: Models, turns: int) -> None:
+    """turns: how many earlier turns the model is told unless the visitor chooses another number."""
+
+    @with_plain_errors
+    def answer(
+        image,
+        question: str,
+        history: list | None = None,
+        turns: int = turns,
+        decoding: str = "beam",
+        num_beams: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 0.9,
+        min_length: int = 1,
+        max_length: int = 20,
+        length_penalty: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int = 0,
+    ):
+        settings = Settings(
+            decoding, num_beams, temperature, top_p, min_length, max_length, length_penalty, repetition_penalty, seed
+        )
+        for text, _ in _answers(image, question, history, turns, settings):
+            yield text
+
+    @with_plain_errors
+    def reply(image, messages: list[dict], turns: int, *chosen):
+        if not messages or messages[-1]["role"] != "user":
+            return
+        question, before = _text_of(messages[-1]["content"]), turns_of(messages[:-1])[-MAX_TURNS:]
+        told = False
+        for text, dropped in _answers(image, question, [list(turn) for turn in before], turns, Settings(*chosen)):
+            if dropped and not told:
+                told = True
+                gr.Info(LEFT_OUT.format(dropped))
+            note = LEFT_OUT.format(dropped) if dropped else ""
+            yield [*messages, {"role": "assistant", "content": text or "…"}], note
+        if not text:
+            yield [*messages, {"role": "assistant", "content": "(no answer)"}], note
+
+    def _answers(image, question, history, turns, settings: Settings):
+        picture, asked = check_image(image), check_text(question, "The question")
+        if not isinstance(turns, (int, float)) or not 0 <= turns <= MAX_TURNS:
+            raise gr.Error(f"Earlier turns is {turns!r}; it must lie between 0 and {MAX_TURNS}.")
+        told = answers.check_history(history)[-int(turns) :] if turns else []
+        yield from answers.answer(models, picture, asked, told, settings)
+
+    on = notice(None if models.speaker else NO_LANGUAGE_MODEL)
+    with gr.Row(visible=on):
+        with gr.Column():
+            image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=320)
+        with gr.Column():
+            chat = gr.Chatbot(
+                label="Chat",
+                height=320,
+                placeholder="Choose a picture, then ask about it.",
+                render_markdown=False,
+                buttons=[],
+                group_consecutive_messages=False,
+            )
+            note = gr.Markdown(elem_classes="note")
+            box = gr.Textbox(
+                label="Question", placeholder="what color is the big circle?", max_length=500, submit_btn="Ask", lines=1
+            )
+            with gr.Row(elem_classes="buttons"):
+                stop = gr.Button("Stop", min_width=80)
+                clear = gr.Button("Clear", min_width=80)
+    with gr.Column(visible=on):
+        with gr.Accordion("Memory", open=False):
+            remembered = gr.Slider(
+                0,
+                MAX_TURNS,
+                value=turns,
+                step=1,
+                label="Earlier turns told",
+                info="Models tuned on single questions answer best with 0.",
+            )
+        panel = settings_panel(longest=20, beams=1)
+        pairs = [[str(path), question] for path, question in zip(EXAMPLES, QUESTIONS)]
+        gr.Examples(pairs, inputs=[image, box], label="Examples", api_visibility="private")
+
+    private = {"api_visibility": "private"}
+    given = [image, chat, remembered, *panel]
+    asked = box.submit(ask, [box, chat], [box, chat], queue=False, **private)
+    replied = asked.success(reply, given, [chat, note], **private, **MODEL_EVENT)
+    again = chat.retry(lambda messages: undo(messages), chat, [box, chat], queue=False, **private)
+    again = again.success(ask, [box, chat], [box, chat], queue=False, **private)
+    again = again.success(reply, given, [chat, note], **private, **MODEL_EVENT)
+    stop.click(None, cancels=[replied, again])
+    chat.undo(undo, chat, [box, chat], queue=False, **private)
+    # A new picture is a new chat; what is being said about the old one stops.
+    for trigger in (clear.click, image.change):
+        trigger(lambda: ([], ""), None, [chat, note], cancels=[replied, again], queue=False, **private)
+
+    with gr.Row(visible=False):
+        history = gr.JSON([], label="history")
+        said = gr.Textbox(label="answer")
+        endpoint = gr.Button("answer")
+    endpoint.click(
+        answer,
+        [image, box, history, remembered, *panel],
+        said,
+        api_name="answer",
+        api_description="Answers a question on a picture. history: [[question, answer], ...] of the chat so far. Streams.",
+        **MODEL_EVENT,
+    )

@@ -1,0 +1,114 @@
+"""Uploads become pictures here, or a sentence that says why not.
+
+Only files that Gradio took in are opened (its own check, before `preprocess`), and only here: size on disk, format and
+dimensions are checked before a pixel is decoded.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import gradio as gr
+from gradio_client.utils import is_http_url_like
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Image.init()  # all of Pillow's readers, so that those of FORMATS are there
+FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF") if name in Image.OPEN]
+MAX_MEGABYTES = float(os.environ.get("BLIP2X_MAX_MEGABYTES", "20"))
+MAX_MEGAPIXELS = float(os.environ.get("BLIP2X_MAX_MEGAPIXELS", "40"))
+MAX_IMAGES = 64  # in a gallery
+LARGEST_SIDE = 1024  # pixels kept: towers see 224 to 490, and pages show no more
+
+
+def open_upload(path: str | Path) -> Image.Image:
+    """The picture in a file: upright, RGB, at most 1024 pixels a side.
+
+    Raises:
+        gr.Error: too large on disk or in pixels, cut off, or not a picture.
+    """
+    megabytes = os.path.getsize(path) / 1e6
+    if megabytes > MAX_MEGABYTES:
+        raise gr.Error(f"This file has {megabytes:.1f} MB; at most {MAX_MEGABYTES:g} MB are taken. Send a smaller one.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
+            opened = Image.open(path, formats=FORMATS)
+        with opened as image:
+            _check_size(image)
+            image.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))  # JPEG decodes at a fraction of its size
+            upright = ImageOps.exif_transpose(image)
+        upright.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
+        return on_white(upright)
+    except gr.Error:  # a ValueError
+        raise
+    except UnidentifiedImageError as error:
+        raise gr.Error("This file is not a picture. Send a JPEG, PNG, WebP, GIF, BMP or AVIF file.") from error
+    except Image.DecompressionBombError as error:
+        raise gr.Error(
+            f"This picture has far too many pixels; at most {MAX_MEGAPIXELS:g} megapixels are taken."
+        ) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
+        raise gr.Error("This picture is damaged or cut off. Save it again and send it once more.") from error
+
+
+def _check_size(image: Image.Image) -> None:
+    megapixels = image.width * image.height / 1e6
+    if megapixels > MAX_MEGAPIXELS:
+        raise gr.Error(
+            f"This picture has {megapixels:.0f} megapixels ({image.width} x {image.height}); at most "
+            f"{MAX_MEGAPIXELS:g} are taken. Send a smaller one."
+        )
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; what is transparent becomes white, as on paper."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_file(file) -> str:
+    if file.url and file.url.startswith("data:"):
+        raise gr.Error("Send the picture as a file, not as a data address.")
+    if not file.path:
+        raise gr.Error("There is no picture. Upload one, paste one, or choose an example.")
+    return file.path
+
+
+def _check_resource(path: str | None) -> None:
+    """Raises gr.Error for an address, which Gradio would fetch for a client of the API."""
+    if path is not None and is_http_url_like(str(path)):
+        raise gr.Error("Addresses are not fetched. Send the picture itself.")
+
+
+class ImageUpload(gr.Image):
+    """gr.Image whose value in functions is a checked PIL image, or None."""
+
+    is_template = True  # on the page it is a gr.Image
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path):
+        _check_resource(url_or_file_path)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+    def preprocess(self, payload):
+        return None if payload is None else open_upload(_check_file(payload))
+
+
+class GalleryUpload(gr.Gallery):
+    """gr.Gallery whose value in functions is a list of checked PIL images."""
+
+    is_template = True
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path):
+        _check_resource(url_or_file_path)
+        return await super().async_move_resource_to_block_cache(url_or_file_path)
+
+    def preprocess(self, payload):
+        entries = [] if payload is None else payload.root
+        if len(entries) > MAX_IMAGES:
+            raise gr.Error(f"These are {len(entries)} pictures; at most {MAX_IMAGES} are taken at once.")
+        if any(not hasattr(entry, "image") for entry in entries):
+            raise gr.Error("Videos are not taken. Send pictures.")
+        return [open_upload(_check_file(entry.image)) for entry in entries]

@@ -1,0 +1,186 @@
+"""Loads checkpoints through transformers' Auto classes, and says what they can do.
+
+A stage-2 checkpoint has a language model and answers; a stage-1 checkpoint scores images and texts, and captions by its
+ITG head. Several may be named: each serves the tabs that it can.
+"""
+
+import hashlib
+import importlib.util
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+QUICKSTART = Path("runs") / "quickstart"
+REMEMBERED = 64  # encoded images, so that a second question or search does not run the tower again
+DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZATIONS = ("none", "8bit", "4bit")
+NO_LANGUAGE_MODEL = (
+    "This checkpoint has no language model (it is of stage 1), so it cannot answer questions. It captions by its ITG head; "
+    "load a stage-2 checkpoint to chat."
+)
+NO_SCORES = (
+    "This checkpoint cannot score images against texts (it is of stage 2, whose contrastive and matching heads were left "
+    "behind). Load its stage-1 checkpoint beside it to match and search."
+)
+
+
+@dataclass
+class Part:
+    """One loaded checkpoint. name: what visitors read; source: folder or hub id."""
+
+    name: str
+    source: str
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    quantization: str = "none"
+    seen: OrderedDict = field(default_factory=OrderedDict)
+
+    @property
+    def has_language_model(self) -> bool:
+        return self.model.config.text_config is not None
+
+    def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """pixel_values (n, 3, height, width) as the model sees them."""
+        batch = self.processor.image_processor(list(images), return_tensors="pt")
+        return batch["pixel_values"].to(self.model.device)
+
+    @torch.no_grad()
+    def see(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Features (n, N, D) of the vision tower. Those of the last images are remembered by content."""
+        keys = [hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest() for image in images]
+        new = {key: image for key, image in zip(keys, images) if key not in self.seen}
+        found = {key: self.seen[key] for key in keys if key in self.seen}
+        if new:
+            features = self.model.get_image_features(self.pixels(list(new.values()))).last_hidden_state
+            # Copies: a row of a batch would keep the whole batch in memory.
+            found |= {key: row.clone() for key, row in zip(new, features)}
+        for key in keys:
+            self.seen[key] = found[key]
+            self.seen.move_to_end(key)
+        while len(self.seen) > REMEMBERED:
+            self.seen.popitem(last=False)
+        return torch.stack([found[key] for key in keys])
+
+
+@dataclass
+class Models:
+    """What the demo has. speaker: stage 2, or None; matcher: stage 1, or None."""
+
+    speaker: Part | None
+    matcher: Part | None
+
+    @property
+    def captioner(self) -> Part:
+        return self.speaker or self.matcher
+
+    @property
+    def parts(self) -> list[Part]:
+        return [part for part in (self.speaker, self.matcher) if part is not None]
+
+
+def find_checkpoints(named: list[str]) -> list[str]:
+    """Folders or hub ids to load: those named, a quickstart output standing for its stages; else a quickstart output that
+    is there.
+
+    Raises:
+        ValueError: nothing named, and no quickstart output; says how to get one.
+    """
+    if named:
+        return [checkpoint for name in named for checkpoint in _stages_of(Path(name)) or [name]]
+    for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
+        stages = _stages_of(root / QUICKSTART)
+        if stages:
+            return stages
+    raise ValueError(
+        "No model: run `make demo` to train a toy in minutes, or name one, --model FOLDER_OR_HUB_ID (or BLIP2X_MODEL)."
+    )
+
+
+def _stages_of(folder: Path) -> list[str]:
+    if (folder / "config.json").exists():
+        return []
+    return [str(folder / stage) for stage in ("stage2", "stage1") if (folder / stage / "config.json").exists()]
+
+
+def load_models(
+    checkpoints: list[str], device: str = "auto", dtype: str = "auto", quantization: str = "none"
+) -> Models:
+    """Loads each checkpoint for the role it can fill.
+
+    Args:
+        device: auto, cpu, cuda, cuda:1, mps. dtype: auto (as saved), float32, bfloat16, float16.
+        quantization: none, 8bit or 4bit (bitsandbytes, on a GPU).
+
+    Raises:
+        ValueError: an option or a checkpoint that is not usable, with the fix.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    if quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {quantization!r}; choose one of {', '.join(QUANTIZATIONS)}.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if quantization != "none" and not device.startswith("cuda"):
+        raise ValueError(f"quantization {quantization} needs a GPU, and the device is {device}. Set it to none.")
+    roles: dict[str, Part] = {}
+    for checkpoint in checkpoints:
+        part = _load(checkpoint, device, dtype, quantization)
+        role = "speaker" if part.has_language_model else "matcher"
+        if role in roles:
+            stage = "stage-2" if part.has_language_model else "stage-1"
+            raise ValueError(
+                f"{roles[role].source} and {checkpoint} are both {stage} checkpoints. Name one of each stage."
+            )
+        roles[role] = part
+    return Models(roles.get("speaker"), roles.get("matcher"))
+
+
+def _load(checkpoint: str, device: str, dtype: str, quantization: str) -> Part:
+    # Where the package is absent, the checkpoint carries the code; the operator who names it trusts it.
+    carried = importlib.util.find_spec("modeling_blip2x") is None
+    if not carried:
+        import modeling_blip2x  # noqa: F401  (registers the classes)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=carried)
+    except (OSError, ValueError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{checkpoint} cannot be loaded: {cause} Name a folder or hub id with a blip2x checkpoint."
+        ) from error
+    if config.model_type != "blip2x":
+        raise ValueError(
+            f"{checkpoint} is a {config.model_type} checkpoint, not blip2x. Convert it first: "
+            f"python -m modeling_blip2x.convert {checkpoint} FOLDER"
+        )
+    auto_class = AutoModelForPreTraining if config.text_config is None else AutoModelForImageTextToText
+    options = {"dtype": DTYPES[dtype]}
+    if quantization != "none":
+        quantized = BitsAndBytesConfig(load_in_8bit=quantization == "8bit", load_in_4bit=quantization == "4bit")
+        options |= {"quantization_config": quantized, "device_map": {"": device}}
+    model = auto_class.from_pretrained(checkpoint, trust_remote_code=carried, **options).eval()
+    if quantization == "none":
+        model.to(device)
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=carried)
+    model.check_processor(processor)
+    return Part(name_of(checkpoint), checkpoint, model, processor, quantization)
+
+
+def name_of(checkpoint: str) -> str:
+    """What visitors read: a hub id as it is, of a folder the last two names, never where it lies on the machine."""
+    if not os.path.isdir(checkpoint):
+        return checkpoint
+    return "/".join(Path(checkpoint).resolve().parts[-2:])

@@ -1,0 +1,72 @@
+"""A Space with tiny random models on loopback, as `python space_app/app.py` starts it."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tiny import stage1, stage1_processor, stage2, stage2_processor
+
+ROOT = Path(__file__).resolve().parent.parent
+SPACE = ROOT / "space_app"
+EXAMPLES = sorted((SPACE / "examples").glob("*.png"))
+sys.path.append(str(SPACE))  # its modules import one another by name, as when app.py runs
+
+
+def liven_scores(model: torch.nn.Module) -> torch.nn.Module:
+    """Wider matrices outside the tower: at the usual 0.02 a tiny model gives all pictures and texts the same score."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "vision_model" not in name:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def save_tiny(folder: Path) -> tuple[Path, Path]:
+    """Folders of a stage-2 and a stage-1 checkpoint whose outputs depend on picture and text."""
+    processor = stage2_processor()
+    speaker = stage2("opt", std=0.5, image_token_index=processor.image_token_id)
+    speaker.generation_config.suppress_tokens = [processor.image_token_id]
+    speaker.save_pretrained(folder / "stage2")
+    processor.save_pretrained(folder / "stage2")
+    processor = stage1_processor()
+    tokenizer = processor.tokenizer
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.sep_token_id}
+    liven_scores(stage1(qformer=ids)).save_pretrained(folder / "stage1")
+    processor.save_pretrained(folder / "stage1")
+    return folder / "stage2", folder / "stage1"
+
+
+@contextmanager
+def serving(*options: str, script: Path = SPACE / "app.py", env: dict | None = None, log: Path | None = None):
+    """Address and process of an app.py that runs until the block is left."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} if env is None else env
+    command = [sys.executable, str(script), *map(str, options), "--host", "127.0.0.1", "--port", str(port)]
+    output = open(log or os.devnull, "w")
+    process = subprocess.Popen(command, env=given, stdout=output, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            if process.poll() is not None:
+                raise RuntimeError(f"app.py ended with {process.returncode}: {Path(log).read_text() if log else ''}")
+            try:
+                urllib.request.urlopen(f"{address}/config", timeout=5).read()
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            raise RuntimeError("app.py did not answer within two minutes")
+        yield address, process
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+        output.close()

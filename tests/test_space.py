@@ -1,0 +1,439 @@
+"""The Space's functions on tiny models, without a server."""
+
+import io
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+from space_server import EXAMPLES, SPACE, save_tiny
+from tiny import bert_tokenizer, image, llm_tokenizer
+
+gr = pytest.importorskip("gradio")
+import about  # noqa: E402
+import answers  # noqa: E402
+import attention  # noqa: E402
+import charts  # noqa: E402
+import images  # noqa: E402
+import matching  # noqa: E402
+import models as space_models  # noqa: E402
+import work  # noqa: E402
+from settings import RANGES, Settings, check_text, check_texts  # noqa: E402
+
+NEVER = threading.Event()
+TEXTS = ["a red circle", "a blue dog on the square", "two"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folders = save_tiny(tmp_path_factory.mktemp("space"))
+    return space_models.load_models([str(folder) for folder in folders], "cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+    return [Image.fromarray(values).resize((40, 40)) for values in pixels]
+
+
+def silent(*_):
+    pass
+
+
+def answered(loaded, *arguments):
+    *_, (text, dropped) = answers.answer(loaded, *arguments)
+    return text, dropped
+
+
+# Checkpoints
+
+
+def test_each_checkpoint_takes_the_role_it_can(loaded):
+    assert loaded.speaker.has_language_model and not loaded.matcher.has_language_model
+    assert loaded.captioner is loaded.speaker
+
+
+def test_two_of_a_kind_and_wrong_options_are_refused(loaded):
+    with pytest.raises(ValueError, match="both stage-1 checkpoints"):
+        space_models.load_models([loaded.matcher.source] * 2, "cpu")
+    with pytest.raises(ValueError, match="dtype is 'half'"):
+        space_models.load_models([], dtype="half")
+    with pytest.raises(ValueError, match="needs a GPU"):
+        space_models.load_models([], "cpu", quantization="4bit")
+
+
+def test_another_kind_of_checkpoint_says_how_to_convert(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(ValueError, match="opt checkpoint.*modeling_blip2x.convert"):
+        space_models.load_models([str(tmp_path)], "cpu")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        space_models.load_models([str(tmp_path / "nothing")], "cpu")
+
+
+def test_a_quickstart_output_is_found(tmp_path, monkeypatch, loaded):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(space_models, "__file__", str(tmp_path / "space_app" / "models.py"))
+    with pytest.raises(ValueError, match="make demo"):
+        space_models.find_checkpoints([])
+    for stage in ("stage1", "stage2"):
+        (tmp_path / "runs" / "quickstart" / stage).mkdir(parents=True)
+        (tmp_path / "runs" / "quickstart" / stage / "config.json").write_text("{}")
+    found = [str(tmp_path / "runs" / "quickstart" / stage) for stage in ("stage2", "stage1")]
+    assert space_models.find_checkpoints([]) == found
+    assert space_models.find_checkpoints(["runs/quickstart"]) == [f"runs/quickstart/{s}" for s in ("stage2", "stage1")]
+    assert space_models.find_checkpoints(["someone/model"]) == ["someone/model"]
+
+
+def test_half_precision_serves_all_tabs(loaded, pictures):
+    half = space_models.load_models([part.source for part in loaded.parts], "cpu", "bfloat16")
+    assert answered(half, pictures[0], "what is it ?", [], Settings(num_beams=1))[0]
+    scores = matching.match(half, pictures, TEXTS, NEVER, silent)
+    assert torch.tensor(scores["itc"]).allclose(
+        torch.tensor(matching.match(loaded, pictures, TEXTS, NEVER, silent)["itc"]), atol=0.05
+    )
+    assert attention.query_maps(half.speaker, pictures[0], None, None).isfinite().all()
+
+
+def test_the_tower_sees_a_picture_once(loaded, pictures):
+    part, calls = loaded.matcher, []
+    part.seen.clear()
+    handle = part.model.model.vision_model.register_forward_hook(lambda *_: calls.append(1))
+    first = part.see(pictures)
+    again = part.see(pictures[::-1])
+    handle.remove()
+    assert len(calls) == 1 and torch.equal(first.flip(0), again)
+    for number in range(space_models.REMEMBERED + 5):
+        part.see([Image.new("RGB", (8, 8), (number, 0, 0))])
+    assert len(part.seen) == space_models.REMEMBERED
+
+
+# Captions and answers
+
+
+def test_a_caption_is_what_generate_says(loaded, pictures):
+    part = loaded.speaker
+    inputs = part.processor(images=pictures[0], text="a photo of", return_tensors="pt")
+    ids = part.model.generate(**inputs, num_beams=3, num_return_sequences=2, max_new_tokens=7, min_new_tokens=1)
+    expected = part.processor.batch_decode_new(ids, inputs["input_ids"])
+    assert (
+        answers.caption(part, pictures[0], "a photo of", Settings(num_beams=3, max_length=7, captions=2), NEVER)
+        == expected
+    )
+    assert (
+        answers.caption(part, pictures[1], "a photo of", Settings(num_beams=3, max_length=7, captions=2), NEVER)
+        != expected
+    )
+
+
+def test_stage1_captions_by_its_itg_head(loaded, pictures):
+    part = loaded.matcher
+    pixels = part.processor(images=pictures[0], return_tensors="pt")["pixel_values"]
+    ids = part.model.generate(pixels, num_beams=2, max_new_tokens=9, min_new_tokens=1)
+    expected = [text.strip() for text in part.processor.batch_decode(ids, skip_special_tokens=True)]
+    assert answers.caption(part, pictures[0], "", Settings(num_beams=2, max_length=9), NEVER) == expected
+    with pytest.raises(gr.Error, match="takes no prompt"):
+        answers.caption(part, pictures[0], "a photo of", Settings(), NEVER)
+
+
+def test_sampling_follows_the_seed(loaded, pictures):
+    def drawn(seed):
+        return answers.caption(loaded.speaker, pictures[0], "a", Settings("nucleus", max_length=12, seed=seed), NEVER)
+
+    assert drawn(1) == drawn(1)
+    assert len({drawn(seed)[0] for seed in range(5)}) > 1
+
+
+def test_an_answer_streams_and_is_what_generate_says(loaded, pictures):
+    part = loaded.speaker
+    inputs = part.processor(images=pictures[0], text="Question: what colour is it? Answer:", return_tensors="pt")
+    ids = part.model.generate(**inputs, do_sample=False, max_new_tokens=9, min_new_tokens=1)
+    expected = part.processor.batch_decode_new(ids, inputs["input_ids"])[0]
+    said = [
+        text
+        for text, _ in answers.answer(
+            loaded, pictures[0], "what colour is it?", [], Settings(num_beams=1, max_length=9)
+        )
+    ]
+    assert said[-1] == expected
+    assert len(set(said)) > 2 and all(expected.startswith(text) for text in said)
+    beams = answered(loaded, pictures[0], "what colour is it?", [], Settings(num_beams=2, max_length=9))[0]
+    ids = part.model.generate(**inputs, num_beams=2, max_new_tokens=9, min_new_tokens=1)
+    assert beams == part.processor.batch_decode_new(ids, inputs["input_ids"])[0]
+
+
+def test_history_is_told_by_the_template_and_trimmed_to_the_room(loaded, pictures):
+    part = loaded.speaker
+    assert answers.chat_text(part, "and now?", [("is it red?", "yes.")]) == (
+        "Question: is it red? Answer: yes. Question: and now? Answer:"
+    )
+    short, dropped = answered(
+        loaded, pictures[0], "is it red ?", [("two dog", "no")], Settings(num_beams=1, max_length=5)
+    )
+    assert dropped == 0
+    assert short != answered(loaded, pictures[0], "is it red ?", [], Settings(num_beams=1, max_length=5))[0]
+    long = [("is there a red dog on the left ?", "yes")] * 8
+    settings = Settings(num_beams=1, max_length=10)
+    inputs, dropped = answers.question_inputs(part, pictures[0], "is it red ?", long, settings)
+    assert 0 < dropped < 8
+    assert inputs["input_ids"].shape[1] + 10 <= answers.room_of(part) == 64
+    one_more, _ = answers.question_inputs(
+        part, pictures[0], "is it red ?", long[: 8 - dropped + 1], Settings(num_beams=1, max_length=1)
+    )
+    assert one_more["input_ids"].shape[1] > inputs["input_ids"].shape[1] - 1
+    with pytest.raises(gr.Error, match="too long"):
+        answered(loaded, pictures[0], "red " * 80, [], settings)
+
+
+def test_stage1_alone_cannot_answer_and_stage2_alone_cannot_match(loaded, pictures):
+    with pytest.raises(gr.Error, match="no language model"):
+        answered(space_models.Models(None, loaded.matcher), pictures[0], "what?", [], Settings())
+    with pytest.raises(gr.Error, match="cannot score"):
+        matching.match(space_models.Models(loaded.speaker, None), pictures, TEXTS, NEVER, silent)
+
+
+@pytest.mark.parametrize("history", ["text", [["one"]], [["a", 3]], [["a" * 600, "b"]], [["a", "b"]] * 51, {"a": "b"}])
+def test_a_wrong_history_is_refused(history):
+    with pytest.raises(gr.Error):
+        answers.check_history(history)
+
+
+# Matching and searching
+
+
+def test_scores_are_those_of_the_model(loaded, pictures):
+    part = loaded.matcher
+    found = matching.match(loaded, pictures, TEXTS, NEVER, silent)
+    inputs = part.processor(images=pictures, text=TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        visual = part.model.get_image_features(inputs["pixel_values"]).pooler_output
+        textual = part.model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+        assert torch.tensor(found["itc"]).allclose(part.model.itc_scores(visual, textual), atol=1e-4)
+        assert torch.tensor(found["itm"]).allclose(part.model.itm_scores(**inputs, grid=True), atol=1e-4)
+    assert torch.tensor(found["itc"]).std() > 1e-3
+
+
+def test_rankings_agree_with_the_scores(loaded, pictures):
+    scores = matching.match(loaded, pictures, TEXTS, NEVER, silent)
+    by_itc = matching.rank_images(loaded, pictures, TEXTS[0], 0, NEVER, silent)
+    column = [row[0] for row in scores["itc"]]
+    assert [row["itc"] for row in by_itc] == sorted(column, reverse=True)
+    assert all(row["itm"] is None and column[row["image"]] == row["itc"] for row in by_itc)
+    reranked = matching.rank_images(loaded, pictures, TEXTS[0], 2, NEVER, silent)
+    assert {row["image"] for row in reranked[:2]} == {row["image"] for row in by_itc[:2]}
+    assert reranked[2] == by_itc[2]
+    assert all(row["itm"] == pytest.approx(scores["itm"][row["image"]][0], abs=1e-4) for row in reranked[:2])
+    texts = matching.rank_texts(loaded, pictures[0], TEXTS, 3, NEVER, silent)
+    assert sorted(row["text"] for row in texts) == sorted(TEXTS)
+    for row in texts:
+        assert row["itm"] == pytest.approx(scores["itm"][0][TEXTS.index(row["text"])], abs=1e-4)
+
+
+def test_a_stopped_search_stops(loaded, pictures):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(work.Stopped):
+        matching.rank_images(loaded, pictures, "a", 3, stop, silent)
+
+
+# Looking
+
+
+@pytest.mark.parametrize("which", ["speaker", "matcher"])
+def test_maps_are_the_models_cross_attention(loaded, pictures, which):
+    part = getattr(loaded, which)
+    maps = attention.query_maps(part, pictures[0], 2, 1)
+    pixels = part.processor.image_processor(pictures[0], return_tensors="pt")["pixel_values"]
+    features = part.model.get_image_features(pixels, output_attentions=True).qformer_outputs
+    weights = features.cross_attentions[1][0, 1, :, 1:]  # without the class token
+    assert maps.shape == (6, 2, 2)
+    assert torch.allclose(maps.flatten(1), weights / weights.sum(-1, keepdim=True), atol=1e-6)
+    average = attention.query_maps(part, pictures[0], None, None)
+    assert torch.allclose(average.sum((1, 2)), torch.ones(6), atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["speaker", "matcher"])
+def test_every_word_of_a_caption_gets_a_map(loaded, pictures, which):
+    part = getattr(loaded, which)
+    settings = Settings(num_beams=1, max_length=6)
+    prompt = "a photo of" if part.has_language_model else ""
+    words, weights = attention.word_weights(part, pictures[0], prompt, settings, NEVER)
+    assert " ".join(words) == answers.caption(part, pictures[0], prompt, settings, NEVER)[0]
+    assert weights.shape == (len(words), 6) and torch.allclose(weights.sum(-1), torch.ones(len(words)), atol=1e-5)
+    shown = attention.word_overlays(part, pictures[0], prompt, settings, None, None, NEVER)
+    assert [word for _, word in shown] == words
+
+
+@pytest.mark.parametrize(
+    "positions, height, width, grid",
+    [(36, 48, 48, (6, 6)), (257, 224, 224, (16, 16)), (261, 224, 224, (16, 16)), (49, 224, 224, (7, 7)), (28, 56, 98, (4, 7)), (5, 28, 28, (2, 2))],
+)  # fmt: skip
+def test_positions_become_a_grid(positions, height, width, grid):
+    assert attention.grid_of(positions, height, width) == grid
+
+
+def test_tokens_become_words():
+    tokenizer = llm_tokenizer()
+    ids = tokenizer("red circle left", add_special_tokens=False)["input_ids"]
+    words, weights = attention.words_of(tokenizer, [1, *ids, 2], torch.arange(5.0)[:, None])
+    assert words == ["red", "circle", "left"] and weights[:, 0].tolist() == [1, 2, 3]
+    assert attention.words_of(bert_tokenizer(), [3], torch.ones(1, 2))[0] == []
+
+
+def test_an_overlay_is_hot_where_the_heat_is():
+    heat = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).numpy()
+    shown = attention.overlay(Image.new("RGB", (100, 100), "black"), heat)
+    assert sum(shown.getpixel((5, 5))) > 3 * sum(shown.getpixel((95, 95)))
+    with pytest.raises(gr.Error, match="The layer is '1'"):
+        attention.choice("1", [0, 2], "The layer")
+    assert attention.choice("average", [0], "The head") is None and attention.choice("2", [0, 2], "The layer") == 2
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", [*RANGES, "captions"])
+def test_a_setting_outside_its_range_is_refused(name):
+    high = 5 if name == "captions" else RANGES[name].high
+    for wrong in (high + 1, -2, float("nan"), "3", None, True):
+        with pytest.raises(gr.Error):
+            Settings(**{name: wrong})
+
+
+def test_settings_that_contradict_one_another_are_refused():
+    with pytest.raises(gr.Error, match="whole number"):
+        Settings(num_beams=2.5)
+    with pytest.raises(gr.Error, match="Shortest"):
+        Settings(min_length=20, max_length=10)
+    with pytest.raises(gr.Error, match="beam or nucleus"):
+        Settings("magic")
+    with pytest.raises(gr.Error, match="501 characters"):
+        check_text("a" * 501, "The prompt")
+    with pytest.raises(gr.Error, match="at most 50"):
+        check_texts("a\n" * 51)
+    with pytest.raises(gr.Error, match="empty"):
+        check_text("  ", "The question")
+
+
+def saved(tmp_path, name, picture, **options):
+    picture.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_uploads_are_turned_upright_and_flattened(tmp_path):
+    half = Image.new("RGB", (60, 30), "red")
+    half.paste("blue", (30, 0, 60, 30))
+    exif = half.getexif()
+    exif[274] = 6  # to be turned a quarter clockwise
+    turned = images.open_upload(saved(tmp_path, "turned.png", half, exif=exif))
+    assert turned.size == (30, 60) and turned.getpixel((15, 5))[0] > 200 and turned.getpixel((15, 55))[2] > 200
+    clear = images.open_upload(saved(tmp_path, "clear.png", Image.new("RGBA", (9, 9), (0, 0, 0, 0))))
+    assert clear.getpixel((4, 4)) == (255, 255, 255)
+    assert images.open_upload(saved(tmp_path, "large.jpg", image("red", (3000, 2000)))).size == (1024, 683)
+    for name in ("a.webp", "a.gif", "a.bmp"):
+        assert images.open_upload(saved(tmp_path, name, image())).mode == "RGB"
+
+
+def test_what_is_no_sound_picture_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(gr.Error, match="not a picture"):
+        images.open_upload(tmp_path / "text.png")
+    noise = io.BytesIO()
+    Image.effect_noise((200, 200), 90).save(noise, "PNG")
+    (tmp_path / "cut.png").write_bytes(noise.getvalue()[: len(noise.getvalue()) // 2])
+    with pytest.raises(gr.Error, match="damaged or cut off"):
+        images.open_upload(tmp_path / "cut.png")
+    bomb = saved(tmp_path, "bomb.png", Image.new("1", (30000, 30000)))
+    assert bomb.stat().st_size < 1e6
+    before = time.perf_counter()
+    with pytest.raises(gr.Error, match="megapixels"):
+        images.open_upload(bomb)
+    assert time.perf_counter() - before < 1  # refused by its header, not decoded
+    with pytest.raises(gr.Error, match="54 megapixels"):
+        images.open_upload(saved(tmp_path, "large.png", Image.new("1", (9000, 6000))))
+    monkeypatch.setattr(images, "MAX_MEGABYTES", 0.00001)
+    with pytest.raises(gr.Error, match="MB"):
+        images.open_upload(saved(tmp_path, "heavy.png", image()))
+    (tmp_path / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(gr.Error):  # PostScript would run a program
+        images.open_upload(tmp_path / "page.eps")
+
+
+# Work
+
+
+def test_closing_a_stream_frees_the_models_thread(loaded, pictures):
+    steps = []
+    handle = loaded.speaker.model.language_model.register_forward_pre_hook(
+        lambda *_: (steps.append(1), time.sleep(0.05)) and None
+    )
+    settings = Settings(num_beams=1, min_length=40, max_length=40)
+    stream = answers.answer(loaded, pictures[0], "what ?", [], settings)
+    next(stream)
+    stream.close()
+    handle.remove()
+    assert work.MODEL_THREAD.submit(lambda: True).result(timeout=5)
+    assert len(steps) < 20
+
+
+def test_an_error_reaches_the_visitor_as_a_sentence_and_the_next_request_is_fine():
+    def failing(error):
+        def work_(_):
+            raise error
+
+        yield from work.cancellable(work_, None)
+
+    for error, sentence in (
+        (torch.OutOfMemoryError("CUDA out of memory"), "ran out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "ran out of memory"),
+        (KeyError("/secret/path"), "Something went wrong"),
+        (gr.Error("plain"), "plain"),
+    ):
+        with pytest.raises(gr.Error, match=sentence):
+            list(work.with_plain_errors(failing)(error))
+    assert list(work.cancellable(lambda _: 7, None))[-1] == 7
+
+
+def test_an_error_while_streaming_ends_the_stream(loaded):
+    def generate(streamer, stop):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(work.streamed(generate, loaded.speaker.processor.tokenizer))
+
+
+# What is shown
+
+
+def test_texts_from_outside_are_escaped():
+    evil = "<img src=x onerror=alert(1)>"
+    scores = {"texts": [evil], "itc": [[0.5]], "itm": [[0.25]]}
+    pages = [charts.chart(scores), charts.chart({"texts": [evil], "itc": [[0.5]] * 2, "itm": [[0.25]] * 2})]
+    pages.append(charts.text_ranking([{"text": evil, "itc": 0.5, "itm": None}]))
+    for page in pages:
+        assert "<img" not in page and "&lt;img" in page and "0.500" in page
+    assert "0.250" in pages[0] and "picture 2" in pages[1] and charts.chart(None) == ""
+
+
+def test_about_reads_the_model_card(loaded, tmp_path):
+    part = loaded.matcher
+    page = about.about(loaded)
+    assert f"{about.size_of(part.model.num_parameters())}" in page and "float32" in page and "not stated" in page
+    assert str(part.source) not in page  # where it lies is nobody's business
+    text = "---\nlicense: mit\ndemo: {turns: 2}\n---\n# Toy\n## Limits and biases\nOnly <b>shapes</b>.\n## Use\nNo.\n"
+    (tmp_path / "README.md").write_text(text)
+    carded = space_models.Part("a/b", str(tmp_path), part.model, part.processor)
+    page = about.about(space_models.Models(None, carded))
+    assert "mit" in page and "Only &lt;b&gt;shapes" in page and "No." not in page
+    assert about.card_of(carded).data.to_dict()["demo"] == {"turns": 2}
+
+
+def test_examples_are_what_the_project_draws(tmp_path):
+    from draw_examples import draw_examples
+
+    for path, caption in draw_examples(tmp_path):
+        ours = SPACE / "examples" / path.name
+        assert ours in EXAMPLES and caption.replace(" ", "_") in ours.name
+        assert list(Image.open(ours).convert("RGB").getdata()) == list(Image.open(path).convert("RGB").getdata())
+    assert len(EXAMPLES) == 6

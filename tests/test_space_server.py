@@ -1,0 +1,308 @@
+"""The Space as it runs: its endpoints by gradio_client, and what a stranger may try."""
+
+import os
+import random
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import psutil
+import pytest
+import torch
+from PIL import Image
+from space_server import EXAMPLES, ROOT, SPACE, save_tiny, serving
+from tiny import stage1, stage2
+
+gradio_client = pytest.importorskip("gradio_client")
+pytest.importorskip("gradio")
+import answers  # noqa: E402
+import attention  # noqa: E402
+import matching  # noqa: E402
+import models as space_models  # noqa: E402
+from gradio_client import Client, handle_file  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+from images import open_upload  # noqa: E402
+from settings import Settings  # noqa: E402
+
+NEVER = threading.Event()
+TEXTS = "a red circle\nthe blue dog"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="module")
+def served(folders, tmp_path_factory):
+    log = tmp_path_factory.mktemp("log") / "app.log"
+    with serving("--model", *folders, log=log) as (address, process):
+        yield address, process
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return Client(served[0], verbose=False)
+
+
+@pytest.fixture(scope="module")
+def loaded(folders):
+    return space_models.load_models([str(folder) for folder in folders], "cpu")
+
+
+def files(*numbers):
+    return [{"image": handle_file(str(EXAMPLES[number])), "caption": None} for number in numbers]
+
+
+def test_caption(client, loaded):
+    given = {"num_beams": 3, "captions": 2, "max_length": 9}
+    said = client.predict(handle_file(str(EXAMPLES[1])), "a photo of", **given, api_name="/caption")
+    expected = answers.caption(loaded.speaker, open_upload(EXAMPLES[1]), "a photo of", Settings(**given), NEVER)
+    assert said == "\n".join(expected)
+    defaults = answers.caption(loaded.speaker, open_upload(EXAMPLES[1]), "a picture of", Settings(), NEVER)
+    assert client.predict(handle_file(str(EXAMPLES[1])), api_name="/caption") == defaults[0]
+
+
+def test_answer_streams(client, loaded):
+    history = [["is it red ?", "no"]]
+    job = client.submit(handle_file(str(EXAMPLES[0])), "what is it ?", history, max_length=12, api_name="/answer")
+    settings = Settings(num_beams=1, max_length=12)
+    *_, (expected, _) = answers.answer(
+        loaded, open_upload(EXAMPLES[0]), "what is it ?", [("is it red ?", "no")], settings
+    )
+    assert job.result() == expected
+    assert len(set(job.outputs())) > 2
+    forgotten = client.predict(
+        handle_file(str(EXAMPLES[0])), "what is it ?", history, 0, max_length=12, api_name="/answer"
+    )
+    *_, (expected, _) = answers.answer(loaded, open_upload(EXAMPLES[0]), "what is it ?", [], settings)
+    assert forgotten == expected != job.result()
+
+
+def test_match_and_search(client, loaded):
+    pictures = [open_upload(path) for path in EXAMPLES[:3]]
+    scores = client.predict(files(0, 1, 2), TEXTS, api_name="/match")
+    assert scores == matching.match(loaded, pictures, TEXTS.splitlines(), NEVER, print)
+    ranking = client.predict(files(0, 1, 2), "a red circle", 2, api_name="/search")
+    assert ranking == matching.rank_images(loaded, pictures, "a red circle", 2, NEVER, print)
+    ranking = client.predict(handle_file(str(EXAMPLES[0])), TEXTS, api_name="/search_texts")
+    assert ranking == matching.rank_texts(loaded, pictures[0], TEXTS.splitlines(), 16, NEVER, print)
+
+
+def test_attention(client, loaded):
+    part, picture = loaded.speaker, open_upload(EXAMPLES[0])
+    path = client.predict(handle_file(str(EXAMPLES[0])), "2", "1", "3", api_name="/attention")
+    expected = attention.overlay(
+        attention.seen_picture(part, picture), attention.average_map(attention.query_maps(part, picture, 2, 1), 3)
+    )
+    assert list(Image.open(path).convert("RGB").getdata()) == list(expected.getdata())
+    words = client.predict(handle_file(str(EXAMPLES[0])), max_length=5, api_name="/attention_words")
+    caption = answers.caption(part, picture, "a picture of", Settings(num_beams=1, max_length=5), NEVER)[0]
+    assert " ".join(word["caption"] for word in words) == caption
+
+
+def test_endpoints_have_names_types_and_docs(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(endpoints) == {
+        "/caption",
+        "/answer",
+        "/match",
+        "/search",
+        "/search_texts",
+        "/attention",
+        "/attention_words",
+    }
+    for endpoint in endpoints.values():
+        assert endpoint["description"]
+        assert all(p["type"] and p["parameter_name"].isidentifier() for p in endpoint["parameters"])
+    names = [p["parameter_name"] for p in endpoints["/caption"]["parameters"]]
+    assert names[:4] == ["image", "prompt", "decoding", "num_beams"]
+    assert [p["parameter_name"] for p in endpoints["/answer"]["parameters"]][:3] == ["image", "question", "history"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_beams": 11}, {"num_beams": 2.5}, {"temperature": 0.4}, {"top_p": 2}, {"length_penalty": -2}, {"captions": 9}]
+    + [{"seed": -1}, {"repetition_penalty": 6}, {"max_length": 101}, {"decoding": "magic"}, {"prompt": "a" * 501}],
+)  # fmt: skip
+def test_the_api_refuses_what_the_sliders_refuse(client, wrong):
+    with pytest.raises(AppError):
+        client.predict(handle_file(str(EXAMPLES[0])), **wrong, api_name="/caption")
+
+
+def post(address: str, endpoint: str, data: list) -> str:
+    """What a client that keeps to no rules is told: the event stream of a call."""
+    base = f"{address}/gradio_api/call/{endpoint}"
+    event = httpx.post(base, json={"data": data}, timeout=20).json()
+    if "event_id" not in event:
+        return str(event)
+    return httpx.get(f"{base}/{event['event_id']}", timeout=20).text
+
+
+def file_data(path, **more):
+    return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../etc/passwd", "file:///etc/passwd", str(EXAMPLES[0]), "CONFIG"])
+def test_no_path_of_a_client_is_opened(served, folders, path):
+    path = path.replace("CONFIG", str(folders[0] / "config.json"))
+    settings = ["a", "beam", 1, 1, 0.9, 1, 5, 1, 1, 0, 1]
+    for told in (
+        post(served[0], "caption", [file_data(path), *settings]),
+        post(served[0], "caption", [file_data(path, url=path, is_stream=True), *settings]),
+        post(served[0], "match", [[{"image": file_data(path), "caption": None}], TEXTS]),
+    ):
+        assert "event: error" in told or "error" in told.lower()
+        assert "event: complete" not in told and "root:" not in told and "blip2x" not in told
+
+
+def test_no_address_is_fetched(served):
+    settings = ["a", "beam", 1, 1, 0.9, 1, 5, 1, 1, 0, 1]
+    for address in (f"{served[0]}/config", "http://169.254.169.254/latest/meta-data", "https://127.0.0.1:1/a.png"):
+        for given in (file_data(address), file_data(address, url=address)):
+            assert "Addresses are not fetched" in post(served[0], "caption", [given, *settings])
+    told = post(served[0], "caption", [file_data("x.png", url="data:image/png;base64,AAAA"), *settings])
+    assert "event: complete" not in told
+    good = post(served[0], "caption", [file_data("/etc/passwd", url="data:image/png;base64,AAAA"), *settings])
+    assert "event: complete" not in good
+
+
+def test_nothing_but_the_cache_is_served(served, folders):
+    for path in ("/etc/passwd", str(folders[0] / "config.json"), str(SPACE / "app.py"), "../../etc/passwd"):
+        for route in ("file=", "gradio_api/file="):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(f"{served[0]}/{route}{path}", timeout=10)
+            assert refused.value.code in (403, 404)
+
+
+def test_a_bad_upload_is_refused_in_words_and_the_next_one_is_fine(client, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("1", (30000, 30000)).save(tmp_path / "bomb.png")
+    (tmp_path / "heavy.png").write_bytes(EXAMPLES[0].read_bytes() + bytes(21_000_000))
+    (tmp_path / "cut.png").write_bytes(EXAMPLES[0].read_bytes()[:3000])
+    said = {"text.png": "not a picture", "bomb.png": "megapixels", "cut.png": "damaged or cut off"}
+    for name, message in said.items():
+        with pytest.raises(AppError, match=message):
+            client.predict(handle_file(str(tmp_path / name)), api_name="/caption")
+    with pytest.raises(Exception, match="(?i)size|413|large"):  # refused while it is uploaded
+        client.predict(handle_file(str(tmp_path / "heavy.png")), api_name="/caption")
+    with pytest.raises(AppError, match="There is no picture"):
+        client.predict(None, api_name="/caption")
+    assert isinstance(client.predict(handle_file(str(EXAMPLES[0])), api_name="/caption"), str)
+
+
+def test_cancelling_frees_the_model(client):
+    slow = client.submit(
+        handle_file(str(EXAMPLES[0])), num_beams=10, min_length=50, max_length=100, api_name="/caption"
+    )
+    slow.cancel()
+    begin = time.perf_counter()
+    client.predict(handle_file(str(EXAMPLES[0])), "what ?", max_length=3, api_name="/answer")
+    assert time.perf_counter() - begin < 5
+
+
+def test_many_visitors_at_once_get_their_own_answers_and_memory_stays_flat(served, loaded):
+    asked = [(number, f"is it {word} ?") for number in range(4) for word in ("red", "blue", "two", "left")]
+    settings = Settings(num_beams=1, max_length=8)
+    expected = {}
+    for number, question in asked:
+        *_, (expected[number, question], _) = answers.answer(
+            loaded, open_upload(EXAMPLES[number]), question, [], settings
+        )
+    assert len(set(expected.values())) > 8  # else a mix-up could not be seen
+
+    def visit(seed: int) -> list[str]:
+        order = random.Random(seed)
+        visitor, wrong = Client(served[0], verbose=False), []
+        for number, question in (order.choice(asked) for _ in range(10)):
+            said = visitor.predict(handle_file(str(EXAMPLES[number])), question, max_length=8, api_name="/answer")
+            if said != expected[number, question]:
+                wrong.append(f"{number} {question}: {said!r}, not {expected[number, question]!r}")
+        return wrong
+
+    process = psutil.Process(served[1].pid)
+    visit(0)
+    before = process.memory_info().rss
+    with ThreadPoolExecutor(8) as pool:
+        wrong = [line for lines in pool.map(visit, range(8)) for line in lines]
+    assert wrong == []
+    assert process.memory_info().rss - before < 60e6
+
+
+def test_a_stage1_checkpoint_alone_says_what_it_cannot_do_and_the_cache_goes_with_the_run(folders, loaded, tmp_path):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    with serving("--model", folders[1], env=env) as (address, _):
+        client = Client(address, verbose=False)
+        with pytest.raises(AppError, match="no language model"):
+            client.predict(handle_file(str(EXAMPLES[0])), "what?", api_name="/answer")
+        expected = answers.caption(loaded.matcher, open_upload(EXAMPLES[0]), "", Settings(), NEVER)
+        assert client.predict(handle_file(str(EXAMPLES[0])), api_name="/caption") == expected[0]
+        assert client.predict(handle_file(str(EXAMPLES[0])), max_length=4, api_name="/attention_words")
+        assert set(client.predict(files(0), TEXTS, api_name="/match")) == {"texts", "itc", "itm"}
+        assert len(list(tmp_path.glob("blip2x_space_*/*"))) > 1
+    assert list(tmp_path.glob("blip2x_space_*")) == []
+
+
+def test_the_folder_alone_suffices_with_a_checkpoint_that_carries_its_code(folders, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from modeling_blip2x.sharing_blip2x import save_with_code
+
+    model = AutoModelForImageTextToText.from_pretrained(folders[0])
+    save_with_code(model, AutoProcessor.from_pretrained(folders[0]), tmp_path / "carried")
+    (tmp_path / "carried" / "README.md").write_text("---\ndemo: {prompt: a photo of}\n---\n")
+    shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    hide = (
+        "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
+        f"sys.path = [p for p in sys.path if p not in ('', {str(ROOT)!r})] + [{str(tmp_path / 'space')!r}];"
+        "sys.path_hooks = [h for h in sys.path_hooks if 'editable' not in repr(h).lower()];"
+        "import importlib.util; assert importlib.util.find_spec('modeling_blip2x') is None;"
+        f"sys.argv[0] = 'app.py'; runpy.run_path({str(tmp_path / 'space' / 'app.py')!r}, run_name='__main__')"
+    )
+    (tmp_path / "hidden.py").write_text(hide)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
+    env |= {"BLIP2X_MODEL": str(tmp_path / "carried")}
+    with serving(script=tmp_path / "hidden.py", env=env, log=tmp_path / "log") as (address, _):
+        client = Client(address, verbose=False)
+        prompt = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/caption"]["parameters"][1]
+        assert prompt["parameter_default"] == "a photo of"
+        assert isinstance(client.predict(handle_file(str(EXAMPLES[0])), api_name="/caption"), str)
+        with pytest.raises(AppError, match="cannot score"):
+            client.predict(files(0), TEXTS, api_name="/match")
+
+
+def test_without_a_model_one_line_says_how_to_get_one(tmp_path):
+    shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
+    with (
+        pytest.raises(RuntimeError, match="make demo"),
+        serving(script=tmp_path / "space" / "app.py", log=tmp_path / "log"),
+    ):
+        pass
+
+
+def test_itg_attentions_sum_to_one():
+    model = stage1().eval()
+    out = model.generate(
+        torch.randn(2, 3, 28, 28), max_new_tokens=3, output_attentions=True, return_dict_in_generate=True
+    )
+    for step, layers in enumerate(out.attentions):
+        assert len(layers) == 4
+        for weights in layers:
+            assert weights.shape == (2, 4, step + 1, 6 + step + 1)
+            assert torch.allclose(weights.sum(-1), torch.ones(2, 4, step + 1), atol=1e-5)
+
+
+def test_an_encoder_decoder_model_gets_word_maps_too():
+    from tiny import stage2_processor
+
+    processor = stage2_processor(bos=False)
+    model = stage2("t5", std=0.5, image_token_index=processor.image_token_id)
+    part = space_models.Part("t5", "t5", model, processor)
+    settings = Settings(num_beams=1, max_length=5)
+    words, weights = attention.word_weights(part, open_upload(EXAMPLES[0]), "a photo of", settings, NEVER)
+    assert weights.shape == (len(words), 6) and len(words) > 1
+    assert " ".join(words) == answers.caption(part, open_upload(EXAMPLES[0]), "a photo of", settings, NEVER)[0]
