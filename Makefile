@@ -20,7 +20,7 @@ $(INSTALLED): setup.py constraints.txt
 
 # For the tests of the Space. Where none can be had, they say so and are skipped.
 browser:
-	@command -v chromium google-chrome chromium-browser >/dev/null \
+	@{ command -v chromium || command -v google-chrome || command -v chromium-browser; } >/dev/null \
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 	&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; } \
 	|| echo "No Chromium here, and it cannot be installed: browser tests will be skipped."

@@ -50,18 +50,13 @@ def test_each_stage_gets_a_card_with_the_figures_of_this_run(finished):
         }
 
 
-def test_the_last_line_is_the_command_that_opens_the_demo(finished, capsys):
-    output_dir, _ = finished
-    run_quickstart(output_dir, 0, budget=TINY)
-    assert capsys.readouterr().out.splitlines()[-1].endswith(f"space_app/app.py --model {output_dir}")
-
-
-def test_running_again_continues_instead_of_starting_over(finished):
+def test_running_again_continues_and_ends_with_the_command_that_opens_the_demo(finished, capsys):
     output_dir, results = finished
     weights = [path for path in output_dir.rglob("*.safetensors")]
     before = {path: path.stat().st_mtime_ns for path in weights}
     assert len(before) >= 7
     assert run_quickstart(output_dir, 0, budget=TINY) == {"full": results["full"]}
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"space_app/app.py --model {output_dir}")
     assert before == {path: path.stat().st_mtime_ns for path in weights}
 
 

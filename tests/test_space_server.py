@@ -296,7 +296,7 @@ def test_itg_attentions_sum_to_one():
             assert torch.allclose(weights.sum(-1), torch.ones(2, 4, step + 1), atol=1e-5)
 
 
-def test_an_encoder_decoder_model_gets_word_maps_too():
+def test_an_encoder_decoder_model_answers_and_gets_word_maps_too():
     from tiny import stage2_processor
 
     processor = stage2_processor(bos=False)
@@ -306,3 +306,14 @@ def test_an_encoder_decoder_model_gets_word_maps_too():
     words, weights = attention.word_weights(part, open_upload(EXAMPLES[0]), "a photo of", settings, NEVER)
     assert weights.shape == (len(words), 6) and len(words) > 1
     assert " ".join(words) == answers.caption(part, open_upload(EXAMPLES[0]), "a photo of", settings, NEVER)[0]
+    inputs = processor(images=open_upload(EXAMPLES[0]), text="Question: is it red? Answer:", return_tensors="pt")
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=5, min_new_tokens=1)
+    *_, (said, _) = answers.answer(
+        space_models.Models(part, None), open_upload(EXAMPLES[0]), "is it red?", [], settings
+    )
+    assert said == processor.batch_decode_new(ids, inputs["input_ids"])[0] != ""
+
+
+def test_a_text_longer_than_the_qformer_reads_is_cut(loaded):
+    long = ["red " * 120, "a dog"]
+    assert len(matching.match(loaded, [open_upload(EXAMPLES[0])], long, NEVER, print)["itc"][0]) == 2
