@@ -41,7 +41,7 @@ class Watch:
                 "itm",
                 f"Step {line['step']}: ITM answers 'no match' to everything (mean loss {loss:.4f}, accuracy "
                 f"{accuracy:.3f}; the constant predictor has 0.6365 and 0.667). Hard negatives drawn by an ITC that knows "
-                "little leave it nothing to learn: pass --hard_negative_steps N to begin with easier ones.",
+                "little leave it little to learn. It may get away later; --hard_negative_steps N begins with easier ones.",
             )
 
     def tell(self, kind: str, text: str) -> None:
