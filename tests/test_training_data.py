@@ -9,9 +9,9 @@ import trim_bert
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from data import CaptionDataset
 from inputs import output_size
+from objectives import hardness_at
 from optim import build_optimizer, learning_rate_at
 from PIL import Image
-from pretrain_stage1 import hardness_at
 from sources import load_rows
 from tiny import QUERIES, batch, bert_tokenizer, image, image_processor, llm_tokenizer, stage1, stage2_processor
 from training_parts import make_image_folder

@@ -290,6 +290,7 @@ class FinetuneArguments(PretrainingArguments):
     adam_beta2: float = doc(0.999, "AdamW beta 2.")
     objectives: list[str] = doc(["itc", "itm", "itg"], "Retrieval: losses that are computed and trained.")
     hard_negative_steps: int = doc(0, "Retrieval: as in stage 1.")
+    itc_chunk_size: int | None = doc(None, "Retrieval with a frozen tower: as in stage 1.")
     rerank_k: int = doc(16, "Retrieval: candidates that ITM re-ranks in the validation at the end; 0 for none.")
 
     def __post_init__(self):

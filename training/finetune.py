@@ -11,15 +11,12 @@ continues from the last whole checkpoint. --help lists the fields.
 import sys
 
 from args import parse_arguments
-from collators import Stage1Collator, language_collator
 from fields import FinetuneArguments
 from inputs import load_image_processor, start_run
-from pretrain_stage1 import hardness_at
-from pretrain_stage2 import freeze_text_branch
+from objectives import fit_image_text, fit_language
 from quantize import four_bits, load_language_model_in_4bit, mark_as_quantized
-from run import already_finished, fit, load_splits, steps_of
+from run import already_finished, load_splits, steps_of
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
-from validation import validate_image_text, validate_language
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 
@@ -36,58 +33,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def tune_retrieval(args, accelerator, image_processor, train_set, eval_set) -> None:
-    """The objectives of stage 1 (section 4.4). Rows that show the same image are positives of one another."""
+    """The objectives of stage 1 (section 4.4)."""
     if AutoConfig.from_pretrained(args.init_from).text_config is not None:
         raise ValueError(f"--init_from {args.init_from} holds a stage-2 model. Retrieval tunes a stage-1 model.")
     model = Blip2xForPreTraining.from_pretrained(args.init_from)
     model.config.objectives = args.objectives
     processor = Blip2xProcessor(image_processor, AutoProcessor.from_pretrained(args.init_from).tokenizer)
     choose_trained_parts(model, args.train_vision)
-
-    def negatives(forward: int) -> dict:
-        step = forward // args.gradient_accumulation_steps
-        return {
-            "negative_seed": args.seed * 1_000_003 + forward,
-            "negative_hardness": hardness_at(step, args.hard_negative_steps),
-        }
-
-    def validate(final: bool) -> dict:
-        collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=False)
-        rerank_k = args.rerank_k if final else 0
-        return validate_image_text(
-            accelerator, model, eval_set, collator, args.eval_batch_size, rerank_k, args.eval_samples, args.seed
-        )
-
-    collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=args.augment)
-    fit(
-        args,
-        accelerator,
-        model,
-        processor,
-        train_set,
-        eval_set,
-        collator,
-        validate=validate,
-        forward_inputs=negatives,
-    )
+    fit_image_text(args, accelerator, model, processor, train_set, eval_set)
 
 
 def tune_language(args, accelerator, image_processor, train_set, eval_set) -> None:
     """The language model's loss on caption, answer or output, given image and prompt (sections 4.2 and 4.3)."""
     model, processor = load_language_side(args, image_processor)
-    model.config.prompt_template = args.prompt or None
     choose_trained_parts(model, args.train_vision)
-    if processor.qformer_tokenizer is None:
-        freeze_text_branch(model)
-
-    def validate(final: bool) -> dict:
-        collator = language_collator(model, processor, args.max_text_length, cropped=False)
-        return validate_language(
-            accelerator, model, processor, eval_set, collator, args.eval_batch_size, args.eval_samples
-        )
-
-    collator = language_collator(model, processor, args.max_text_length, cropped=args.augment)
-    fit(args, accelerator, model, processor, train_set, eval_set, collator, validate=validate)
+    fit_language(args, accelerator, model, processor, train_set, eval_set)
 
 
 def load_language_side(args, image_processor) -> tuple[Blip2xForConditionalGeneration, Blip2xProcessor]:

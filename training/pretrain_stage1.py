@@ -9,14 +9,11 @@ The same command again continues from the last whole checkpoint. --help lists th
 import sys
 
 from args import parse_arguments
-from chunked import chunked_step
-from collators import Stage1Collator
 from fields import Stage1Arguments
 from inputs import load_image_processor, read_stage1_config, start_run
-from loop import plain_step
-from run import already_finished, fit, load_splits, steps_of
+from objectives import fit_image_text
+from run import already_finished, load_splits, steps_of
 from transformers import AutoProcessor
-from validation import validate_image_text
 from vocabulary import build_tokenizer, load_qformer_tokenizer
 
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
@@ -27,12 +24,6 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start_run(args, unused_parameters=len(args.objectives) < 3)
     if args.init_from:
         read_stage1_config(args.init_from)  # before anything slow
-    if args.gradient_accumulation_steps > 1:
-        accelerator.print(
-            f"Each of the {args.gradient_accumulation_steps} accumulated forwards contrasts its own pairs only: "
-            "accumulation adds no negatives to ITC. A larger --per_device_train_batch_size with --itc_chunk_size does, "
-            "in the memory of a chunk."
-        )
 
     image_processor = load_image_processor(args.init_from or args.vision_model, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor)
@@ -61,40 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     processor = Blip2xProcessor(image_processor, tokenizer)
     model.freeze_unimodal()
-
-    def negatives(forward: int) -> dict:
-        """How a forward draws its negatives: the same whatever the number of processes."""
-        step = forward // args.gradient_accumulation_steps
-        return {
-            "negative_seed": args.seed * 1_000_003 + forward,
-            "negative_hardness": hardness_at(step, args.hard_negative_steps),
-        }
-
-    def validate(final: bool) -> dict:
-        collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=False)
-        rerank_k = args.rerank_k if final else 0
-        return validate_image_text(
-            accelerator, model, eval_set, collator, args.eval_batch_size, rerank_k, args.eval_samples, args.seed
-        )
-
-    collator = Stage1Collator(image_processor, processor.tokenizer, args.max_text_length, cropped=args.augment)
-    fit(
-        args,
-        accelerator,
-        model,
-        processor,
-        train_set,
-        eval_set,
-        collator,
-        validate=validate,
-        forward_inputs=negatives,
-        forward_backward=chunked_step(args.itc_chunk_size) if args.itc_chunk_size else plain_step,
-    )
-
-
-def hardness_at(step: int, steps: int) -> float:
-    """Exponent on the ITC softmax that negatives are drawn by: from 0 (evenly) to 1 (the paper) over `steps` steps."""
-    return min(1.0, step / steps) if steps else 1.0
+    fit_image_text(args, accelerator, model, processor, train_set, eval_set)
 
 
 def qformer_config(fields: dict | None, tokenizer) -> Blip2xQFormerConfig:

@@ -9,13 +9,12 @@ The same command again continues from the last whole checkpoint. --help lists th
 import sys
 
 from args import parse_arguments
-from collators import language_collator
 from fields import Stage2Arguments
 from inputs import load_image_processor, read_stage1_config, start_run
+from objectives import fit_language
 from quantize import load_language_model_in_4bit, mark_as_quantized
-from run import already_finished, fit, load_splits, steps_of
+from run import already_finished, load_splits, steps_of
 from transformers import AutoProcessor, AutoTokenizer
-from validation import validate_language
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor, Blip2xQFormerConfig
 
@@ -32,19 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = build_model(args, image_processor)
     if args.load_in_4bit:
         mark_as_quantized(model)
-    model.config.prompt_template = args.prompt or None
     model.freeze_unimodal()
-    if not args.qformer_text_input:
-        freeze_text_branch(model)
-
-    def validate(final: bool) -> dict:
-        collator = language_collator(model, processor, args.max_text_length, cropped=False)
-        return validate_language(
-            accelerator, model, processor, eval_set, collator, args.eval_batch_size, args.eval_samples
-        )
-
-    collator = language_collator(model, processor, args.max_text_length, cropped=args.augment)
-    fit(args, accelerator, model, processor, train_set, eval_set, collator, validate=validate)
+    fit_language(args, accelerator, model, processor, train_set, eval_set)
 
 
 def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForConditionalGeneration, Blip2xProcessor]:
@@ -77,13 +65,6 @@ def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForCondit
         vision_feature_layer=args.vision_feature_layer,
     )
     return model, processor
-
-
-def freeze_text_branch(model: Blip2xForConditionalGeneration) -> None:
-    """A text branch that came with BERT gets no gradient where the queries read no text."""
-    for name, parameter in model.model.qformer.named_parameters():
-        if name.startswith("embeddings") or "text_feed_forward" in name:
-            parameter.requires_grad_(False)
 
 
 if __name__ == "__main__":
