@@ -50,9 +50,9 @@ def main(argv: list[str] | None = None) -> None:
 def expectations(folders: tuple[Path, Path], examples: list[Path]) -> dict[tuple[int, str], str]:
     """(number of the picture, question) -> answer, from the model itself."""
     import answers
-    from images import open_upload
     from models import load_models
     from settings import Settings
+    from uploads import open_upload
 
     models = load_models([str(folder) for folder in folders], "cpu")
     expected = {}

@@ -128,8 +128,8 @@ def build(models, prompt: str = PROMPT, turns: int = 10):
 
 def launch(page, host: str | None = None, port: int | None = None, share: bool = False, wait: bool = True) -> str:
     """Serves the page; returns its address, at once if not `wait`."""
-    from images import MAX_MEGABYTES
     from theme import CSS, theme
+    from uploads import MAX_MEGABYTES
 
     _, address, _ = page.queue(max_size=QUEUE).launch(
         server_name=host,

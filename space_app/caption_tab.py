@@ -5,9 +5,9 @@ from threading import Event
 import answers
 import gradio as gr
 from controls import EXAMPLES, MODEL_EVENT, run_and_stop, settings_panel
-from images import ImageUpload, open_upload
 from models import Models
 from settings import Settings, check_image, check_text
+from uploads import ImageUpload, open_upload
 from work import cancellable, with_plain_errors
 
 

@@ -3,9 +3,9 @@
 import answers
 import gradio as gr
 from controls import EXAMPLES, MODEL_EVENT, QUESTIONS, notice, settings_panel
-from images import ImageUpload
 from models import NO_LANGUAGE_MODEL, Models
 from settings import MAX_TURNS, Settings, check_image, check_text
+from uploads import ImageUpload
 from work import with_plain_errors
 
 LEFT_OUT = "The language model has no room for the whole chat: the first {} of its turns were left out."

@@ -4,9 +4,9 @@ import attention
 import gradio as gr
 from attention import AVERAGE
 from controls import EXAMPLES, MODEL_EVENT, run_and_stop
-from images import ImageUpload
 from models import Models
 from settings import Settings, check_image, check_text
+from uploads import ImageUpload
 from work import cancellable, with_plain_errors
 
 

@@ -4,9 +4,9 @@ import gradio as gr
 import matching
 from charts import chart
 from controls import EXAMPLES, MODEL_EVENT, notice, run_and_stop
-from images import GalleryUpload
 from models import NO_SCORES, Models
 from settings import check_texts
+from uploads import GalleryUpload
 from work import cancellable, with_plain_errors
 
 TEXTS = "a small red circle left of a big green circle\na big green circle\na small green circle left of a big red circle\na big yellow triangle"

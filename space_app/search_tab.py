@@ -4,10 +4,10 @@ import gradio as gr
 import matching
 from charts import text_ranking
 from controls import EXAMPLES, MODEL_EVENT, notice, run_and_stop
-from images import MAX_IMAGES, GalleryUpload, ImageUpload
 from match_tab import TEXTS
 from models import NO_SCORES, Models
 from settings import check_image, check_text, check_texts
+from uploads import MAX_IMAGES, GalleryUpload, ImageUpload
 from work import cancellable, with_plain_errors
 
 

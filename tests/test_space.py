@@ -15,9 +15,9 @@ import about  # noqa: E402
 import answers  # noqa: E402
 import attention  # noqa: E402
 import charts  # noqa: E402
-import images  # noqa: E402
 import matching  # noqa: E402
 import models as space_models  # noqa: E402
+import uploads  # noqa: E402
 import work  # noqa: E402
 from settings import RANGES, Settings, check_text, check_texts  # noqa: E402
 
@@ -326,38 +326,38 @@ def test_uploads_are_turned_upright_and_flattened(tmp_path):
     half.paste("blue", (30, 0, 60, 30))
     exif = half.getexif()
     exif[274] = 6  # to be turned a quarter clockwise
-    turned = images.open_upload(saved(tmp_path, "turned.png", half, exif=exif))
+    turned = uploads.open_upload(saved(tmp_path, "turned.png", half, exif=exif))
     assert turned.size == (30, 60) and turned.getpixel((15, 5))[0] > 200 and turned.getpixel((15, 55))[2] > 200
-    clear = images.open_upload(saved(tmp_path, "clear.png", Image.new("RGBA", (9, 9), (0, 0, 0, 0))))
+    clear = uploads.open_upload(saved(tmp_path, "clear.png", Image.new("RGBA", (9, 9), (0, 0, 0, 0))))
     assert clear.getpixel((4, 4)) == (255, 255, 255)
-    assert images.open_upload(saved(tmp_path, "large.jpg", image("red", (3000, 2000)))).size == (1024, 683)
+    assert uploads.open_upload(saved(tmp_path, "large.jpg", image("red", (3000, 2000)))).size == (1024, 683)
     for name in ("a.webp", "a.gif", "a.bmp"):
-        assert images.open_upload(saved(tmp_path, name, image())).mode == "RGB"
+        assert uploads.open_upload(saved(tmp_path, name, image())).mode == "RGB"
 
 
 def test_what_is_no_sound_picture_is_refused(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(gr.Error, match="not a picture"):
-        images.open_upload(tmp_path / "text.png")
+        uploads.open_upload(tmp_path / "text.png")
     noise = io.BytesIO()
     Image.effect_noise((200, 200), 90).save(noise, "PNG")
     (tmp_path / "cut.png").write_bytes(noise.getvalue()[: len(noise.getvalue()) // 2])
     with pytest.raises(gr.Error, match="damaged or cut off"):
-        images.open_upload(tmp_path / "cut.png")
+        uploads.open_upload(tmp_path / "cut.png")
     bomb = saved(tmp_path, "bomb.png", Image.new("1", (30000, 30000)))
     assert bomb.stat().st_size < 1e6
     before = time.perf_counter()
     with pytest.raises(gr.Error, match="megapixels"):
-        images.open_upload(bomb)
+        uploads.open_upload(bomb)
     assert time.perf_counter() - before < 1  # refused by its header, not decoded
     with pytest.raises(gr.Error, match="54 megapixels"):
-        images.open_upload(saved(tmp_path, "large.png", Image.new("1", (9000, 6000))))
-    monkeypatch.setattr(images, "MAX_MEGABYTES", 0.00001)
+        uploads.open_upload(saved(tmp_path, "large.png", Image.new("1", (9000, 6000))))
+    monkeypatch.setattr(uploads, "MAX_MEGABYTES", 0.00001)
     with pytest.raises(gr.Error, match="MB"):
-        images.open_upload(saved(tmp_path, "heavy.png", image()))
+        uploads.open_upload(saved(tmp_path, "heavy.png", image()))
     (tmp_path / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     with pytest.raises(gr.Error):  # PostScript would run a program
-        images.open_upload(tmp_path / "page.eps")
+        uploads.open_upload(tmp_path / "page.eps")
 
 
 # Work

@@ -15,8 +15,8 @@ import answers  # noqa: E402
 import attention  # noqa: E402
 import matching  # noqa: E402
 import models as space_models  # noqa: E402
-from images import open_upload  # noqa: E402
 from settings import Settings  # noqa: E402
+from uploads import open_upload  # noqa: E402
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser", "microsoft-edge"))), None

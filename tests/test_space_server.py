@@ -25,8 +25,8 @@ import matching  # noqa: E402
 import models as space_models  # noqa: E402
 from gradio_client import Client, handle_file  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
-from images import open_upload  # noqa: E402
 from settings import Settings  # noqa: E402
+from uploads import open_upload  # noqa: E402
 
 NEVER = threading.Event()
 TEXTS = "a red circle\nthe blue dog"

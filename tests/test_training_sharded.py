@@ -225,7 +225,7 @@ def test_an_error_in_one_process_ends_the_run_and_is_on_the_screen(parts, tmp_pa
     given = {name: value for name, value in given.items() if not name.startswith("eval")}
     process = launch(accelerate_launch(config), given, tmp_path / "log")
     assert wait_or_kill(process, tmp_path / "log") != 0
-    assert "error: The image of row 3" in (tmp_path / "log").read_text()
+    assert "error: Too many rows cannot be used" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
