@@ -108,7 +108,14 @@ def recorded_data(folder: Path) -> str:
         return "Not recorded. Pass --training_data."
     sets = fields["dataset"] if isinstance(fields["dataset"], list) else [fields["dataset"]]
     names = ", ".join(f"`{Path(name).name}`" for name in sets)
-    started = f" It went on from `{Path(fields['init_from']).name}`." if fields.get("init_from") else ""
+    starts = {
+        "init_from": "the checkpoint",
+        "vision_model": "the vision tower",
+        "qformer_init": "the Q-Former's text side",
+    }
+    starts |= {"language_model": "the language model"}
+    told = [f"{what} from `{Path(fields[key]).name}`" for key, what in starts.items() if fields.get(key)]
+    started = f" It started with {', '.join(told)}; what those were trained on is part of it." if told else ""
     return f"{names}, split `{fields.get('train_split', 'train')}`.{started}"
 
 

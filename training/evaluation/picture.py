@@ -44,8 +44,9 @@ def write_picture(
         part.suptitle(title if title != before else " ", fontsize=12, fontweight="bold", color=INK, x=0.01, ha="left")
         before = title
         for axis, record in zip(part.subplots(1, COLUMNS, squeeze=False)[0], [*chosen, *[None] * COLUMNS]):
-            axis.set_axis_off()
-            if record is not None:
+            if record is None:
+                axis.set_axis_off()
+            else:
                 draw_record(axis, record, data, summary)
     target = output_dir / "report.png"
     figure.savefig(target, dpi=90)
@@ -99,6 +100,7 @@ def draw_record(axis, record: dict, data: EvaluationSet, summary: dict) -> None:
     image = data.image_of(record["number"])
     image.thumbnail((420, 420))
     axis.imshow(image)
+    axis.set(xticks=[], yticks=[], frame_on=False)
     score = record.get("score")
     colour = INK if score is None else GOOD if score >= summary["middle_score"] else BAD
     question = [brief(record["question"], 2)] if record.get("question") else []
@@ -106,7 +108,7 @@ def draw_record(axis, record: dict, data: EvaluationSet, summary: dict) -> None:
     said = f"rank {record['rank']}" if "rank" in record else "" if score is None else f"{score:.0f}"
     wanted = f"wanted: {record['references'][0]}" if record["references"] else ""
     below = "\n".join(filter(None, [said, brief(wanted, 2)]))
-    axis.text(0.5, -0.03, below, transform=axis.transAxes, ha="center", va="top", fontsize=8.5, color=colour)
+    axis.set_xlabel(below, fontsize=8.5, color=colour)
 
 
 def brief(text: str, lines: int) -> str:

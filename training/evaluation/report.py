@@ -71,12 +71,12 @@ def page_values(summary: dict, records: list[dict]) -> dict:
         "counts": counted(summary["counts"]),
         "notes": summary["notes"],
         "figures": [
-            {"name": name, "value": shown(value), "main": name == summary["main_metric"]}
+            {"name": name.replace("_", " "), "value": shown(value), "main": name == summary["main_metric"]}
             for name, value in plain.items()
         ],
         "columns": columns,
         "published": [
-            {"name": name, "ours": figures is metrics, "values": [shown(figures.get(c)) for c in columns]}
+            {"name": name, "ours": figures is metrics, "cells": [shown(figures.get(c)) for c in columns]}
             for name, figures in (rows if columns else {}).items()
         ],
         "by_type": [(name, shown(value)) for name, value in metrics.items() if "/" in name],
@@ -100,7 +100,7 @@ def counted(counts: dict[str, int]) -> str:
 
 
 def shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}" if abs(value) >= 1 or value == 0 else f"{value:.3f}"
+    return "" if value is None else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}"
 
 
 def card_of(record: dict, data: EvaluationSet, summary: dict) -> dict:
