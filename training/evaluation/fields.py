@@ -141,7 +141,7 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 found.append(f"--{name} is {value}, but must lie between {low:g} and {high:g}.")
-        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+        if (self.min_new_tokens or 0) > (self.max_new_tokens or float("inf")):
             found.append(f"--min_new_tokens is {self.min_new_tokens}, above --max_new_tokens {self.max_new_tokens}.")
         if self.task == "vqa" and self.prompt is not None and "{}" not in self.prompt:
             found.append(f"--prompt is {self.prompt!r}, but needs {{}} where the question goes.")

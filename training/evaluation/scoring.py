@@ -25,24 +25,26 @@ MAIN = {  # what a report shows first
 
 def score_captions(records: list[dict], java: bool, notes: list[str]) -> dict[str, float]:
     """COCO's figures; also by NoCaps' domains, each with the document frequencies of its own references, as its server
-    scores them. Gives each record its CIDEr as `score`."""
-    texts, references = [record["prediction"] for record in records], [record["references"] for record in records]
+    scores them. Gives each record its CIDEr as `score`. CIDEr of a single image is 0 whatever it says, so it is left out."""
+    parts = {"": records}
+    for domain in sorted({record["groups"].get("domain") for record in records} - {None}):
+        parts[f"_{NOCAPS.get(domain, domain)}"] = [one for one in records if one["groups"].get("domain") == domain]
+    figures = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figures = in_percent(caption_scores(texts, references))
-        if java:
-            figures |= in_percent(java_scores([tokenize(text) for text in texts], tokenized_all(references)))
-        per_image = caption_scores_per_image(texts, references)["CIDEr"] if len(records) > 1 else [0.0]
+        for ending, part in parts.items():
+            texts, references = [one["prediction"] for one in part], [one["references"] for one in part]
+            scores = in_percent(caption_scores(texts, references))
+            if java:
+                scores |= in_percent(java_scores([tokenize(text) for text in texts], tokenized_all(references)))
+            if len(part) == 1:
+                scores.pop("CIDEr")
+            figures |= {f"{name}{ending}": value for name, value in scores.items()}
     notes += dict.fromkeys(str(warning.message) for warning in caught)
-    if len(records) == 1:
-        figures.pop("CIDEr")  # it would be 0 whatever the caption
-    for record, score in zip(records, per_image):
-        record["score"] = 100 * score
-    domains = {record["groups"].get("domain") for record in records} - {None}
-    for domain in sorted(domains):
-        part = [record for record in records if record["groups"].get("domain") == domain]
-        scores = in_percent(caption_scores([one["prediction"] for one in part], [one["references"] for one in part]))
-        figures |= {f"{name}_{NOCAPS.get(domain, domain)}": value for name, value in scores.items()}
+    if len(records) > 1:
+        texts, references = [record["prediction"] for record in records], [record["references"] for record in records]
+        for record, score in zip(records, caption_scores_per_image(texts, references)["CIDEr"]):
+            record["score"] = 100 * score
     return figures
 
 
