@@ -12,6 +12,7 @@ from metrics.retrieval_recall.scores import recall_at_k
 from torch.utils.data import Dataset
 
 MODES = ("itc", "itm", "itm+itc", "itm+logits")
+PIECES = 16  # that small sets are cut into at least, for processes to share
 PAIRS_AT_ONCE = 512  # whose image keys and values are in memory together
 Share = Callable[[int, int, Callable[[list[int]], list]], list]  # (count, batch size, work) -> a result for each number
 
@@ -133,7 +134,8 @@ def match_shortlists(
         return [part.tolist() for part in logits.split([len(found) for found in texts])]
 
     pairs_an_image = max(1, int(wanted.sum()) // len(wanted))
-    found = share(len(wanted), max(1, PAIRS_AT_ONCE // pairs_an_image), work)
+    images = min(PAIRS_AT_ONCE // pairs_an_image, len(wanted) // PIECES)
+    found = share(len(wanted), max(1, images), work)
     no_match, match = torch.zeros_like(data.cosines), torch.zeros_like(data.cosines)
     logits = torch.tensor([pair for pairs in found for pair in pairs], dtype=data.cosines.dtype)
     no_match[wanted], match[wanted] = logits[:, 0], logits[:, 1]
