@@ -25,6 +25,7 @@ from transformers import (
     BlipImageProcessor,
     GenerationConfig,
     InstructBlipProcessor,
+    PreTrainedModel,
 )
 
 from .export_blip2x import check_exported, export_lavis, export_transformers, read_own
@@ -67,7 +68,7 @@ def convert(
     if not path.exists():
         if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or source.startswith((".", "/", "~")):
             raise ValueError(f"There is no {source}. Check the path, or give a hub id.")
-        path = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.bin"]))
+        path = local_folder(source)
     kind = AutoConfig.from_pretrained(path).model_type if path.is_dir() else "file"
 
     unfinished = target.with_name(f".{target.name}.unfinished")
@@ -110,6 +111,32 @@ def convert(
         return notes
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def local_folder(source: str) -> Path:
+    """The folder `source`, or a copy of the hub's."""
+    if Path(source).is_dir():
+        return Path(source)
+    return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.bin"]))
+
+
+def load_transformers(source: str) -> tuple[PreTrainedModel, Blip2xProcessor, list[str]]:
+    """Model and processor of a folder or hub id of transformers' blip-2 or instructblip, and notes; nothing is written.
+
+    Raises ValueError for tensors without a place or missing, or a folder without a processor.
+    """
+    path = local_folder(source)
+    checkpoint = import_transformers(path)
+    processor = _processor_of_folder(path, checkpoint)
+    if processor is None:
+        raise ValueError(f"{source} holds weights without a processor. Give a folder with its tokenizer files.")
+    check_complete(checkpoint, source)
+    weights = {name: weight.read() for name, weight in checkpoint.weights.items()}
+    dtype = weights["model.query_tokens.weight"].dtype
+    model = checkpoint.model_class.from_pretrained(None, config=checkpoint.config, state_dict=weights, dtype=dtype)
+    if checkpoint.config.text_config is not None and (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval(), processor, checkpoint.notes
 
 
 def _write_own(folder: Path, checkpoint: Checkpoint, processor, source: Path, language_model: str | None) -> list[str]:

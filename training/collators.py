@@ -118,6 +118,10 @@ class CausalLMCollator:
         images = [self.image_token_id] * self.num_query_tokens
         return images + before + target, [IGNORE] * (len(images) + len(before)) + target
 
+    def answer(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """Input ids and labels of a text to score after a prompt, which may be empty."""
+        return self.encode(prompt, text)
+
     def encode_prompt(self, prompt: str) -> list[int]:
         return without_end(self.tokenizer(prompt)["input_ids"], self.tokenizer)
 
@@ -165,6 +169,13 @@ class Seq2SeqLMCollator:
             split = min(1 + int(draw * midpoint), midpoint)  # 1 .. midpoint; 0 for a text of one token
             prefix, target = target[:split], target[split:]
         return [self.image_token_id] * self.num_query_tokens + prefix + [end], target
+
+    def answer(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
+        """Input ids and labels of a text to score after a prompt, which may be empty."""
+        prefix = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        target = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        end = self.tokenizer.eos_token_id
+        return [self.image_token_id] * self.num_query_tokens + [*prefix, end], [*target, end]
 
     def prompts(self, items: list[dict]) -> dict[str, torch.Tensor]:
         """What `generate` reads: image and prompt of each row."""

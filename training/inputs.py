@@ -81,13 +81,15 @@ def load_image_processor(source: str, image_size: int | None):
             f"{source} has no image processor ({error}). Give a folder or id with preprocessor_config.json."
         ) from error
     if image_size is not None:
-        loaded.size = (
-            type(loaded.size)(height=image_size, width=image_size)
-            if not isinstance(loaded.size, dict)
-            else {"height": image_size, "width": image_size}
-        )
-        loaded.do_center_crop = False
+        resize_to(loaded, image_size)
     return loaded
+
+
+def resize_to(image_processor, side: int) -> None:
+    """Let an image processor resize to a square, without cropping."""
+    size = {"height": side, "width": side}
+    image_processor.size = size if isinstance(image_processor.size, dict) else type(image_processor.size)(**size)
+    image_processor.do_center_crop = False
 
 
 def output_size(image_processor) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from tars import tar_rows
 Splits = dict[str, Sequence[int]]  # the rows of each split
 SPLIT_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 FORMATS = (
-    "COCO captions ({images, annotations}), Karpathy ({images: [{sentences, split}]}), or a list of rows such as "
+    "COCO captions ({images, annotations}), Karpathy ({images: [{sentences, split}]}), GQA's questions, or a list of rows such as "
     "[{image, caption}], [{image, question, answer}] or [{image, text_input, text_output}]"
 )
 
@@ -65,8 +65,8 @@ def existing(path: Path) -> Path:
 
 
 def whole(rows: Rows) -> tuple[Rows, Splits]:
-    """One split, called train, as `datasets` calls that of a file."""
-    return rows, {"train": range(len(rows))}
+    """One split, called train, as `datasets` calls that of a file, or all, as evaluation calls it."""
+    return rows, {"train": range(len(rows)), "all": range(len(rows))}
 
 
 def pattern_files(dataset: str) -> list[str]:
@@ -168,6 +168,8 @@ def json_rows(path: Path) -> tuple[Rows, Splits]:
         return karpathy_rows(content)
     if images and annotations and "caption" in annotations[0]:
         return whole(coco_rows(content))
+    if content and all(isinstance(one, dict) and "imageId" in one for one in content.values()):
+        return whole(gqa_rows(content))
     if "questions" in content or (annotations and "question_id" in annotations[0]):
         other = "annotations" if "questions" in content else "questions"
         raise ValueError(
@@ -178,12 +180,40 @@ def json_rows(path: Path) -> tuple[Rows, Splits]:
 
 
 def coco_rows(content: dict) -> Rows:
-    """COCO captions: a row an image with all its captions."""
+    """COCO captions and NoCaps: a row an image with all its captions, and its domain where it has one.
+
+    Raises ValueError for captions of images that the file does not list.
+    """
     captions = {image["id"]: [] for image in content["images"]}
+    lost = [annotation["image_id"] for annotation in content["annotations"] if annotation["image_id"] not in captions]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} captions are of images that `images` does not list, the first of image_id {lost[0]}. Add the images, "
+            "or remove the captions"
+        )
     for annotation in content["annotations"]:
         captions[annotation["image_id"]].append(annotation["caption"])
     names = [image["file_name"] for image in content["images"]]
-    return Rows({"image": names, "captions": list(captions.values()), "image_id": list(captions)})
+    columns = {"image": names, "captions": list(captions.values()), "image_id": list(captions)}
+    if any("domain" in image for image in content["images"]):
+        columns["domain"] = [image.get("domain") for image in content["images"]]
+    return Rows(columns)
+
+
+def gqa_rows(content: dict) -> Rows:
+    """GQA: {question id: {imageId, question, answer, types}}; the images are called imageId.jpg."""
+    rows = [
+        {
+            "image": f"{one['imageId']}.jpg",
+            "question": one["question"],
+            "answers": [one["answer"]] if "answer" in one else [],
+            "image_id": one["imageId"],
+            "question_id": number,
+            "question_type": one.get("types", {}).get("structural"),
+        }
+        for number, one in content.items()
+    ]
+    return Rows.from_dicts(rows)
 
 
 def karpathy_rows(content: dict) -> tuple[Rows, Splits]:
@@ -212,15 +242,16 @@ def vqa_rows(questions: dict, annotations: dict, folder: Path) -> Rows:
     for name, content in (("questions", questions), ("annotations", annotations)):
         if not isinstance(content, dict) or name not in content:
             raise ValueError(f"the first file must hold `questions`, the second `annotations`; one has no {name!r}")
-    answers = {one["question_id"]: [given["answer"] for given in one["answers"]] for one in annotations["annotations"]}
+    notes = {one["question_id"]: one for one in annotations["annotations"]}
     file_name = coco_file_name(questions, folder)
     rows = [
         {
             "image": file_name.format(question["image_id"]),
             "question": question["question"],
-            "answers": answers.get(question["question_id"], []),
+            "answers": [given["answer"] for given in notes.get(question["question_id"], {}).get("answers", [])],
             "image_id": question["image_id"],
             "question_id": question["question_id"],
+            **{name: notes.get(question["question_id"], {}).get(name) for name in ("question_type", "answer_type")},
         }
         for question in questions["questions"]
     ]

@@ -7,10 +7,11 @@ import torch
 from accelerate import Accelerator
 from collators import Stage1Collator
 from data import CaptionDataset
+from metrics.retrieval_recall.scores import recall_at_k
 from PIL import Image
+from retrieval import RetrievalSet, rerank
 from scenes import IMAGE_SIZE, QUESTION_TYPES
 from sources import load_rows
-from validation import RetrievalSet, recall_at_k, rerank
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 

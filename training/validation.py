@@ -11,6 +11,7 @@ from data import CaptionDataset, make_loader
 from loop import MEASURED
 from metrics.retrieval_recall.scores import recall_at_k
 from order import BatchOrder, EpochOrder
+from retrieval import RetrievalSet, rerank
 from written import score_itg, score_language
 
 from modeling_blip2x import Blip2xProcessor
@@ -117,106 +118,6 @@ def token_accuracy(
         )
     loss, correct, tokens = accelerator.reduce(totals.to(accelerator.device, torch.float32), "sum").tolist()
     return {"eval_loss": loss / max(tokens, 1), "eval_token_accuracy": correct / max(tokens, 1)}
-
-
-class RetrievalSet:
-    """Images and all their captions, encoded once: vision features in memory, ITC features, token ids.
-
-    `owner` (M,) is the image of each caption.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        dataset: CaptionDataset,
-        collator: Stage1Collator,
-        accelerator: Accelerator,
-        batch_size: int = 64,
-    ):
-        model.eval()
-        self.model, self.accelerator, self.batch_size = model, accelerator, batch_size
-        self.device = device = accelerator.device
-        self.owner = torch.tensor([row for row, texts in enumerate(dataset.texts) for _ in texts])
-        texts = [text for row in dataset.texts for text in row]
-        encoded = collator.tokenizer(
-            texts,
-            padding="longest",
-            padding_side="right",
-            truncation=True,
-            max_length=collator.max_text_length,
-            return_tensors="pt",
-        )
-        self.input_ids, self.attention_mask = encoded["input_ids"], encoded["attention_mask"]
-        self.image_inputs, images = [], []
-        for start in range(0, len(dataset), batch_size):
-            batch = collator([dataset[0, row] for row in range(start, min(start + batch_size, len(dataset)))])
-            embeds = batch.get("vision_embeds")
-            if embeds is None:
-                embeds = model.shared_model.get_vision_embeds(batch["pixel_values"].to(device)).cpu()
-            self.image_inputs.append(embeds)
-            images.append(model.get_image_features(vision_embeds=embeds.to(device)).pooler_output)
-        self.image_inputs = torch.cat(self.image_inputs)
-        features = [
-            model.get_text_features(**self.text(torch.arange(start, min(start + batch_size, len(texts))))).pooler_output
-            for start in range(0, len(texts), batch_size)
-        ]
-        self.cosines = model.itc_scores(torch.cat(images), torch.cat(features)).float().cpu()  # (N, M)
-
-    def text(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Token ids and mask of captions, cut to the longest of them."""
-        longest = int(self.attention_mask[rows].sum(1).max())
-        return {
-            "input_ids": self.input_ids[rows, :longest].to(self.device),
-            "attention_mask": self.attention_mask[rows, :longest].to(self.device),
-        }
-
-    @torch.no_grad()
-    def match_logits(self, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        """ITM logits (pairs, 2) of image rows with text rows. Pairs of an image go together, so it is encoded once."""
-        logits = torch.empty(len(images), 2)
-        for rows in images.argsort(stable=True).split(8 * self.batch_size):
-            used, index = images[rows].unique(return_inverse=True)
-            with self.accelerator.autocast():  # many pairs; ITC above stays in full precision, its ranks are close
-                part = self.model.itm_logits(
-                    vision_embeds=self.image_inputs[used].to(self.device),
-                    image_index=index.to(self.device),
-                    **self.text(texts[rows]),
-                )
-            logits[rows] = part.float().cpu()
-        return logits
-
-
-def rerank(data: RetrievalSet, k: int, temperature: float) -> dict[str, float]:
-    """R@K after re-ranking each query's k best by ITC, in three modes.
-
-    itm: match logit (the paper). itm+itc: match logit + cosine (LAVIS). itm+logits: ITC logit, that is cosine /
-    temperature, + half of the match log-odds. ITM is trained against negatives drawn by softmax of the ITC logits, so its
-    log-odds tend to what ITC does not know yet, and the two add up; the first two modes rely on ITM having learnt
-    everything anew. Half, because a model trained on few images is too sure of pairs it has not seen.
-    """
-    cosines = data.cosines
-    k_texts, k_images = min(k, cosines.shape[1]), min(k, cosines.shape[0])
-    texts_of_image, images_of_text = cosines.topk(k_texts, dim=1).indices, cosines.topk(k_images, dim=0).indices
-    shortlists = {
-        "i2t": torch.zeros_like(cosines, dtype=torch.bool).scatter_(1, texts_of_image, True),
-        "t2i": torch.zeros_like(cosines, dtype=torch.bool).scatter_(0, images_of_text, True),
-    }
-    images, texts = (shortlists["i2t"] | shortlists["t2i"]).nonzero(as_tuple=True)
-    no_match, match = data.match_logits(images, texts).unbind(1)
-    logits, odds = torch.zeros_like(cosines), torch.zeros_like(cosines)
-    logits[images, texts], odds[images, texts] = match, match - no_match
-    results = {}
-    for mode, scores in (
-        ("itm", logits),
-        ("itm+itc", logits + cosines),
-        ("itm+logits", cosines / temperature + odds / 2),
-    ):
-        for way, shortlist in shortlists.items():
-            # Everything outside the shortlist keeps its ITC order below it, in double: single would make ties of it.
-            recalls = recall_at_k(torch.where(shortlist, scores, cosines.double() - 1e4), data.owner)
-            results |= {f"{name}_{mode}": value for name, value in recalls.items() if name.startswith(way)}
-    return results
 
 
 def matching_accuracy(data: RetrievalSet, batch_size: int, temperature: float, seed: int) -> dict[str, float]:

@@ -1,0 +1,362 @@
+"""run_evaluation.py end to end on tiny checkpoints and small files of the official formats."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from args import parse_arguments
+from evaluation import journal
+from evaluation.fields import EvaluationArguments
+from evaluation.lemmatizer import load_lemmatizer
+from evaluation.published import PUBLISHED
+from evaluation_parts import CAPTIONS, coco_file, evaluate, make_photos, make_stage1, make_stage2, put, texts_of
+from huggingface_hub import ModelCard
+from metrics.caption.scores import caption_scores
+from metrics.vqa_accuracy.scores import vqa_accuracy
+from PIL import Image
+
+from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor
+from modeling_blip2x.convert import convert
+
+PRESETS = sorted((Path(__file__).parents[1] / "training" / "configs" / "evaluation").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("evaluation")
+    make_photos(root / "photos")
+    make_stage1(root / "stage1")
+    make_stage2(root / "opt")
+    make_stage2(root / "t5", "t5")
+    coco_file(root / "captions.json")
+    return root
+
+
+def captions(parts: Path, out: Path, **fields) -> tuple[dict, list[dict]]:
+    fields = {"model": parts / "opt", "data": parts / "captions.json", "max_new_tokens": 6, **fields}
+    return evaluate(out, task="caption", image_folder=parts / "photos", **fields)
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_read_and_pins_its_protocol(path):
+    args = parse_arguments(
+        EvaluationArguments, ["--config", str(path), "--model", "m", "--data", "d", "--output_dir", "o"]
+    )
+    assert args.benchmark in PUBLISHED and args.split
+    text = path.read_text()
+    if args.task in ("caption", "vqa"):
+        assert args.num_beams == 5 and args.length_penalty == (1.0 if args.task == "caption" else -1.0)
+        assert args.max_new_tokens == (30 if args.task == "caption" else 10)
+        for name in ("prompt", "num_beams", "length_penalty", "min_new_tokens", "max_new_tokens", "image_size"):
+            assert f"\n{name}:" in text, name
+    if args.task == "retrieval":
+        assert args.rerank_k == 128 and args.score_mode == "itm+itc"
+    if path.stem == "coco_caption_opt":
+        assert (args.min_new_tokens, args.repetition_penalty) == (8, 1.15)
+
+
+def test_captions_are_scored_and_written_as_the_official_server_takes_them(parts, tmp_path, capsys):
+    metrics, records = captions(parts, tmp_path / "out", benchmark="coco_caption", report=True, num_beams=2)
+    expected = caption_scores(texts_of(records), list(CAPTIONS.values()))
+    assert {name: metrics["metrics"][name] for name in expected} == pytest.approx(
+        {name: 100 * value for name, value in expected.items()}
+    )
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results == [{"image_id": n, "caption": t} for n, t in zip(CAPTIONS, texts_of(records))]
+    printed = capsys.readouterr().out
+    for name, value in metrics["protocol"].items():
+        assert name in printed and str(value) in printed
+    assert metrics["protocol"]["prompt"] == "'a photo of'" and metrics["published"] and "ViT-g OPT-2.7B" in printed
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") >= 4 and 'src="/' not in page and "http" not in page
+    assert "ViT-g OPT-2.7B" in page and "Where the queries look" in page and CAPTIONS[2][0] in page
+    assert Image.open(tmp_path / "out" / "report.png").width > 800
+
+
+def test_texts_are_those_of_the_model_alone(parts, tmp_path):
+    _, records = captions(parts, tmp_path / "out", batch_size=3)
+    model = Blip2xForConditionalGeneration.from_pretrained(parts / "opt").eval()
+    processor = Blip2xProcessor.from_pretrained(parts / "opt")
+    for number, text in zip(CAPTIONS, texts_of(records)):
+        image = Image.open(parts / "photos" / f"{number:012d}.jpg")
+        inputs = processor(images=image, text="a photo of", return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=6, min_new_tokens=1, do_sample=False)
+        assert text == processor.batch_decode_new(ids, inputs["input_ids"])[0]
+    assert len(set(texts_of(records))) > 1
+
+
+def test_nocaps_by_domain_and_its_test_images(parts, tmp_path):
+    domains = ["in-domain", "near-domain", "in-domain"]
+    data = coco_file(tmp_path / "nocaps_val.json", domain=domains)
+    metrics, records = captions(parts, tmp_path / "out", data=data, benchmark="nocaps")
+    inside = [0, 2]
+    expected = caption_scores([texts_of(records)[n] for n in inside], [list(CAPTIONS.values())[n] for n in inside])
+    assert metrics["metrics"]["CIDEr_in"] == pytest.approx(100 * expected["CIDEr"])
+    assert {"CIDEr", "Bleu_4_near"} <= metrics["metrics"].keys() and "Bleu_4_out" not in metrics["metrics"]
+    assert "CIDEr_near" not in metrics["metrics"] and "single image" in metrics["notes"][0]
+    content = json.loads(Path(data).read_text())
+    del content["annotations"]
+    metrics, blind = captions(parts, tmp_path / "test", data=put(tmp_path / "nocaps_test_image_info.json", content))
+    assert texts_of(blind) == texts_of(records) and not metrics["metrics"]
+    assert metrics["counts"]["without_reference"] == 3 and "evaluation server" in metrics["notes"][0]
+
+
+@pytest.mark.parametrize("score_mode", ["itc", "itm", "itm+itc", "itm+logits"])
+def test_retrieval_by_the_script(parts, tmp_path, score_mode):
+    metrics, records = evaluate(
+        tmp_path, task="retrieval", model=parts / "stage1", data=parts / "captions.json", image_folder=parts / "photos",
+        score_mode=score_mode, rerank_k=2, report=True,
+    )  # fmt: skip
+    assert metrics["protocol"]["score_mode"] == score_mode
+    assert metrics["metrics"]["i2t_r5"] == 100 and metrics["metrics"]["t2i_r5"] == 100
+    assert metrics["metrics"]["i2t_r1"] == pytest.approx(100 * sum(record["rank"] == 1 for record in records) / 3)
+    assert [record["references"][0] for record in records] == ["a red square", CAPTIONS[2][0], "a blue dog"]
+
+
+@pytest.mark.parametrize("model", ["stage1", "opt", "t5"])
+def test_classification_of_folders_named_by_wordnet(parts, tmp_path, model):
+    classes = {"n01440764": "red square", "n01443537": "green dog", "n01484850": "blue circle"}
+    for number, code in enumerate(classes):
+        make_photos(tmp_path / "val" / code, f"{number}" + "{:03d}.jpg", 2)
+    listed = "".join(f"{code} {name}, another name\n" for code, name in classes.items())
+    fields = {
+        "task": "classification", "model": parts / model, "data": tmp_path / "val", "split": "train", "report": True,
+        "classes": put(tmp_path / "LOC_synset_mapping.txt", listed),
+    }  # fmt: skip
+    metrics, records = evaluate(tmp_path / "out", **fields)
+    assert len(records) == 6 and {record["references"][0] for record in records} == set(classes.values())
+    assert metrics["metrics"]["top5"] == 100 and metrics["protocol"]["samples"] == 6
+    expected = 100 * sum(record["prediction"] == record["references"][0] for record in records) / 6
+    assert metrics["metrics"]["top1"] == pytest.approx(expected)
+
+
+def test_transformers_checkpoint_by_folder_gives_what_the_converted_one_gives(parts, tmp_path):
+    model = make_stage2(tmp_path / "eva", tower="eva", qformer={"use_qformer_text_input": False})
+    convert(model, str(tmp_path / "theirs"), to="transformers")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "blip-2"
+    _, ours = captions(parts, tmp_path / "1", model=model)
+    _, theirs = captions(parts, tmp_path / "2", model=tmp_path / "theirs")
+    assert texts_of(ours) == texts_of(theirs) and any(texts_of(ours))
+
+
+def test_prompts_by_language_model_and_checkpoint(parts, tmp_path):
+    rows = [{"image": f"{n:012d}.jpg", "question": "what colour is it ?", "answer": "red"} for n in CAPTIONS]
+    data = put(tmp_path / "rows.json", rows)
+    fields = {"task": "vqa", "data": data, "image_folder": parts / "photos", "max_new_tokens": 3}
+    for model, prompt in (("opt", "Question: {} Answer:"), ("t5", "Question: {} Short answer:")):
+        metrics, _ = evaluate(tmp_path / model, model=parts / model, **fields)
+        assert metrics["protocol"]["prompt"] == repr(prompt)
+    own = make_stage2(tmp_path / "own", prompt_template="{} ?")
+    assert evaluate(tmp_path / "out1", model=own, **fields)[0]["protocol"]["prompt"] == "'{} ?'"
+    assert (
+        captions(parts, tmp_path / "out2", model=own)[0]["protocol"]["prompt"] == "'a photo of'"
+    )  # {} fits no caption
+
+
+@pytest.mark.parametrize("llm", ["opt", "t5"])
+def test_candidates_are_ranked_by_their_mean_likelihood(parts, tmp_path, llm):
+    rows = [{"image": f"{n:012d}.jpg", "question": "what colour ?", "answer": "red"} for n in CAPTIONS]
+    candidates = ["red", "green dog", "a blue circle on the left", "yes"]
+    fields = {
+        "task": "vqa", "model": parts / llm, "data": put(tmp_path / "rows.json", rows), "image_folder": parts / "photos",
+        "candidates": put(tmp_path / "answers.json", candidates),
+    }  # fmt: skip
+    _, records = evaluate(tmp_path / "all", **fields)
+    _, single = evaluate(tmp_path / "one", **fields, batch_size=1)
+    assert texts_of(records) == texts_of(single)
+    model = Blip2xForConditionalGeneration.from_pretrained(parts / llm).eval()
+    processor = Blip2xProcessor.from_pretrained(parts / llm)
+    image = Image.open(parts / "photos" / f"{1:012d}.jpg")
+    prompt = "Question: what colour ? " + ("Short answer:" if llm == "t5" else "Answer:")
+    scores = {}
+    for text in candidates:
+        if llm == "t5":
+            inputs = processor(images=image, text=prompt, return_tensors="pt")
+            labels = processor.tokenizer(text, return_tensors="pt")["input_ids"]
+        else:
+            inputs = processor(images=image, text=f"{prompt} {text}", return_tensors="pt")
+            end = torch.tensor([[processor.tokenizer.eos_token_id]])
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], end], 1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+            labels = inputs["input_ids"].clone()
+            labels[:, : -1 - len(text.split())] = -100
+        with torch.no_grad():
+            scores[text] = -model(**inputs, labels=labels).loss.item()  # the mean over supervised tokens
+    assert dict(records[0]["top"]) == pytest.approx(scores, abs=1e-4)
+    assert [text for text, _ in records[0]["top"]] == sorted(scores, key=scores.get, reverse=True)
+
+
+def test_a_scorer_scores_captions(parts, tmp_path):
+    metrics, records = captions(parts, tmp_path / "1", scorer=parts / "stage1")
+    assert metrics["metrics"]["itc_score"] == pytest.approx(sum(one["itc_score"] for one in records) / 3)
+    single, _ = captions(parts, tmp_path / "2", scorer=parts / "stage1", batch_size=1)
+    for name in ("itc_score", "itc_score_references"):
+        assert metrics["metrics"][name] == pytest.approx(single["metrics"][name], abs=1e-3)
+    assert -100 <= metrics["metrics"]["itc_score"] <= 100
+
+
+def test_batch_size_does_not_change_predictions(parts, tmp_path):
+    questions = ["what colour is the square in this picture ?", "is it a dog ?", "how many ?"]
+    rows = [{"image": f"{n:012d}.jpg", "question": q, "answer": "red"} for n in CAPTIONS for q in questions]
+    data = put(tmp_path / "rows.json", rows)
+    found = []
+    for llm in ("opt", "t5"):
+        fields = {"task": "vqa", "model": parts / llm, "data": data, "image_folder": parts / "photos", "num_beams": 3}
+        runs = [evaluate(tmp_path / f"{llm}{size}", **fields, batch_size=size)[1] for size in (1, 4, 9)]
+        assert texts_of(runs[0]) == texts_of(runs[1]) == texts_of(runs[2])
+        found.append(len(set(texts_of(runs[0]))))
+    assert max(found) > 3
+
+
+def test_a_killed_evaluation_goes_on(parts, tmp_path, monkeypatch, capsys):
+    _, whole = captions(parts, tmp_path / "whole", batch_size=1)
+    add, written = journal.Journal.add, []
+
+    def killed_after_two(self, results):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(list(results))
+        add(self, results)
+
+    monkeypatch.setattr(journal.Journal, "add", killed_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        captions(parts, tmp_path / "out", batch_size=1)
+    monkeypatch.setattr(
+        journal.Journal, "add", lambda self, results: (written.append(list(results)), add(self, results))
+    )
+    path = tmp_path / "out" / ".progress" / "results.0.jsonl"
+    path.write_text(path.read_text() + '[2, {"predic')  # cut off in the middle of a line
+    _, records = captions(parts, tmp_path / "out", batch_size=1)
+    assert written == [[0], [1], [2]] and records == whole
+    assert "Going on after 2 of 3" in capsys.readouterr().out
+    assert len(path.read_text().splitlines()) == 3
+    with pytest.raises(ValueError, match="another evaluation.*max_new_tokens was 6, is now 5.*--overwrite_output_dir"):
+        captions(parts, tmp_path / "out", max_new_tokens=5)
+    assert captions(parts, tmp_path / "out", max_new_tokens=5, overwrite_output_dir=True)[0]["counts"]["samples"] == 3
+
+
+def test_one_image_only_has_no_cider(parts, tmp_path):
+    metrics, _ = captions(parts, tmp_path, split="all[:1]")
+    assert "CIDEr" not in metrics["metrics"] and "single image" in " ".join(metrics["notes"])
+
+
+def test_what_is_missing_is_counted_or_an_error(parts, tmp_path):
+    content = json.loads((parts / "captions.json").read_text())
+    content["images"].append({"id": 9, "file_name": "missing.jpg"})
+    (tmp_path / "photos").mkdir()
+    for path in (parts / "photos").iterdir():
+        (tmp_path / "photos" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "photos" / "broken.jpg").write_bytes((parts / "photos" / f"{1:012d}.jpg").read_bytes()[:300])
+    content["images"].append({"id": 10, "file_name": "broken.jpg"})
+    content["annotations"] += [
+        {"image_id": 9, "id": 90, "caption": "a"},
+        {"image_id": 10, "id": 91, "caption": "a dog"},
+    ]
+    data, fields = put(tmp_path / "data.json", content), {"image_folder": tmp_path / "photos", "max_skip_fraction": 0.5}
+    whole, records = captions(parts, tmp_path / "whole")
+    for task in ("caption", "retrieval"):
+        model = parts / ("opt" if task == "caption" else "stage1")
+        common = {"task": task, "model": model, "max_new_tokens": 6}
+        metrics, part = evaluate(tmp_path / task, data=data, **common, **fields)
+        assert metrics["counts"]["skipped"] == 2 and metrics["counts"]["samples"] == 3
+        skipped = json.loads((tmp_path / task / "skipped.json").read_text())
+        assert {Path(one["name"]).name for one in skipped} == {"missing.jpg", "broken.jpg"}
+        if task == "caption":
+            assert metrics["metrics"] == whole["metrics"] and texts_of(part) == texts_of(records)
+        with pytest.raises(ValueError, match="of 5 rows cannot be used, above --max_skip_fraction 0"):
+            evaluate(tmp_path / f"{task}2", data=data, **common, image_folder=tmp_path / "photos")
+    content["annotations"].append({"image_id": 77, "id": 92, "caption": "a dog"})
+    with pytest.raises(
+        ValueError, match="1 captions are of images that `images` does not list, the first of image_id 77"
+    ):
+        captions(parts, tmp_path / "out", data=put(tmp_path / "data.json", content))
+
+
+def test_wrong_fields_and_checkpoints_are_named(parts, tmp_path):
+    with pytest.raises(ValueError, match=r'Unknown split "holdout"'):
+        captions(parts, tmp_path, split="holdout")
+    with pytest.raises(ValueError, match="--task vqa needs a checkpoint of stage 2"):
+        evaluate(tmp_path, task="vqa", model=parts / "stage1", data=parts / "captions.json")
+    with pytest.raises(ValueError, match="--task retrieval needs a checkpoint of stage 1"):
+        evaluate(tmp_path, task="retrieval", model=parts / "opt", data=parts / "captions.json")
+    with pytest.raises(
+        ValueError, match=r"(?s)4 wrong field.*--task is 'captions'; choose.*--score_mode is 'x'.*--num_beams is 0"
+    ):
+        parse_arguments(
+            EvaluationArguments,
+            ["--task=captions", "--num_beams=0", "--score_mode=x", "--data=d", "--output_dir=o"],
+        )
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_lemmatizer_of_what_is_installed(parts, tmp_path, monkeypatch):
+    if not any(name in sys.modules for name in ("spacy", "nltk")):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="--lemmatize needs spaCy .*Install one, or drop the flag"):
+            load_lemmatizer()
+    token = types.SimpleNamespace
+    words = {
+        "dogs": token(lemma_="dog", pos_="NOUN", text="dogs"),
+        "better": token(lemma_="good", pos_="ADJ", text="better"),
+    }
+    spacy = types.SimpleNamespace(load=lambda name: lambda text: [words[word] for word in text.split()])
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "spacy" or None)
+    assert load_lemmatizer()("better dogs") == "better dog"
+
+
+def test_model_card_is_filled_and_filled_again(parts, tmp_path):
+    model = make_stage1(tmp_path / "model")
+    put(tmp_path / "model" / "config.yaml", "dataset: [/some/where/flickr8k]\ntrain_split: train\n")
+    fields = {"model": model, "model_card": True, "license": "mit"}
+    captions(parts, tmp_path / "1", **fields)
+    captions(parts, tmp_path / "1", **fields)
+    evaluate(
+        tmp_path / "2", task="retrieval", data=parts / "captions.json", image_folder=parts / "photos", model=model,
+        model_card=True,
+    )  # fmt: skip
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    assert (tmp_path / "model" / "model_card.md").read_text() == (tmp_path / "model" / "README.md").read_text()
+    template = Path(__file__).parents[1].joinpath("model_card.md").read_text()
+    headings = [line for line in template.splitlines() if line.startswith("## ")]
+    assert [line for line in card.text.splitlines() if line.startswith("## ")] == headings
+    assert card.text.count("### Captions: model on captions.json, all") == 1 and "### Retrieval: model" in card.text
+    assert card.data.license == "mit" and "`flickr8k`, split `train`" in card.text and "/some" not in card.text
+    kinds = [result.metric_type for result in card.data.eval_results]
+    assert kinds.count("CIDEr") == 1 and "i2t_r1" in kinds
+    own = "---\nlicense: apache-2.0\n---\n\n# Mine\n\nMy words.\n\n## Figures\n\nOld ones.\n\n## Limits\n\nMany.\n"
+    put(tmp_path / "model" / "README.md", own)
+    captions(parts, tmp_path / "1", model=model, model_card=True)
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    for words in ("My words.", "Old ones.", "### Captions: model", "## Limits\n\nMany."):
+        assert words in card.text
+    assert card.data.license == "apache-2.0"
+
+
+def test_vqa_accuracy_by_type(parts, tmp_path):
+    asked = [(1, "what colour ?", 10), (2, "how many ?", 20), (3, "is it a dog ?", 30)]
+    questions = {"questions": [{"image_id": i, "question": q, "question_id": n} for i, q, n in asked]}
+    questions |= {"data_subtype": "val2014"}
+    model = {"task": "vqa", "model": parts / "opt", "image_folder": parts / "photos", "max_new_tokens": 2}
+    alone = put(tmp_path / "questions.json", questions)
+    metrics, blind = evaluate(tmp_path / "test-dev", data=alone, benchmark="vqav2", **model)
+    assert not metrics["metrics"] and metrics["counts"]["without_reference"] == 3
+    results = json.loads((tmp_path / "test-dev" / "results.json").read_text())
+    assert results == [{"question_id": n, "answer": t} for (_, _, n), t in zip(asked, texts_of(blind))]
+    answers = [[text] * 4 + ["other"] * 6 for text in texts_of(blind)]
+    answers[1] = ["other"] * 10
+    annotations = [
+        {
+            "image_id": i, "question_id": n, "question_type": q.split()[0], "answer_type": "other",
+            "answers": [{"answer_id": k + 1, "answer": a} for k, a in enumerate(given)],
+        }
+        for (i, q, n), given in zip(asked, answers)
+    ]  # fmt: skip
+    data = f"{alone},{put(tmp_path / 'annotations.json', {'annotations': annotations})}"
+    metrics, records = evaluate(tmp_path / "val", data=data, benchmark="okvqa", **model)
+    assert texts_of(records) == texts_of(blind)
+    assert metrics["metrics"]["vqa_accuracy"] == pytest.approx(vqa_accuracy(texts_of(records), answers)["overall"])
+    assert metrics["metrics"]["question_type/how"] == 0 and metrics["metrics"]["question_type/is"] == 100

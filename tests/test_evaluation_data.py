@@ -1,0 +1,181 @@
+"""Official files that evaluation reads, and the retrieval that both training and evaluation score with."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from evaluation.models import load_checkpoint
+from evaluation.samples import EvaluationSet
+from evaluation_parts import evaluate, make_photos, make_stage1, make_stage2, put, texts_of
+from metrics.retrieval_recall.scores import recall_at_k
+from official import evaluation_rows
+from retrieval import RetrievalSet, match_shortlists, mode_scores, ranked_scores, rerank, shortlists
+
+WORDNET = Path(__file__).parent / "fixtures" / "metrics" / "wordnet"
+
+
+def read(data: str, task: str, folder: Path, split: str = "all", **options) -> EvaluationSet:
+    return EvaluationSet(evaluation_rows(data, split, str(folder)), task=task, folder=folder, **options)
+
+
+@pytest.fixture(scope="module")
+def opt(tmp_path_factory) -> str:
+    return make_stage2(tmp_path_factory.mktemp("models") / "opt")
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory) -> str:
+    return make_stage1(tmp_path_factory.mktemp("models") / "stage1")
+
+
+def test_gqa(tmp_path, opt):
+    photos = make_photos(tmp_path / "images", "n{}.jpg")
+    content = {
+        f"2007{n}": {
+            "imageId": f"n{n}", "question": "What is it?", "answer": "dog", "fullAnswer": "It is a dog.", "isBalanced": True,
+            "types": {"structural": "query" if n < 3 else "verify", "semantic": "obj", "detailed": "x"},
+        }
+        for n in (1, 2, 3)
+    }  # fmt: skip
+    data = put(tmp_path / "testdev_balanced_questions.json", content)
+    metrics, records = evaluate(
+        tmp_path / "out", task="vqa", benchmark="gqa", data=data, image_folder=photos, model=opt, clean_questions=True,
+        max_new_tokens=2,
+    )  # fmt: skip
+    assert [record["question_id"] for record in records] == list(content) and records[0]["question"] == "what is it?"
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results == [{"questionId": q, "prediction": t} for q, t in zip(content, texts_of(records))]
+    assert {"exact_match", "question_type/query", "question_type/verify"} <= metrics["metrics"].keys()
+    expected = 100 * sum(text == "dog" for text in texts_of(records)) / 3
+    assert metrics["metrics"]["exact_match_as_written"] == pytest.approx(expected)
+
+
+def test_daquar_text_file(tmp_path, opt):
+    photos = make_photos(tmp_path / "nyu", "image{}.png")
+    lines = ["what is on the left of the dog in the image1 ?", "chair, table", "how many dogs are in the image3 ?", "2"]
+    data = put(tmp_path / "qa.894.raw.test.txt", "\n".join(lines) + "\n")
+    samples = read(data, "vqa", photos).samples
+    assert [sample.question for sample in samples] == ["what is on the left of the dog ?", "how many dogs are ?"]
+    assert [sample.references for sample in samples] == [["chair, table"], ["2"]]
+    metrics, records = evaluate(
+        tmp_path / "out", task="vqa", benchmark="daquar", metric="wups", wordnet=WORDNET, data=data, image_folder=photos,
+        model=opt, candidates=put(tmp_path / "answers.txt", "table\nchair\n"),
+    )  # fmt: skip
+    assert {"wups_0.9", "wups_0.0", "exact_match"} <= metrics["metrics"].keys()
+    assert (tmp_path / "out" / "results.txt").read_text().splitlines() == texts_of(records)
+    with pytest.raises(ValueError, match="question 1, 'what', names no image such as image3"):
+        evaluation_rows(put(tmp_path / "other.txt", "what\nyes\n"), "all")
+
+
+def test_flickr8k_text_file_and_karpathy(tmp_path):
+    photos = make_photos(tmp_path / "Flicker8k_Dataset", "{}_a.jpg")
+    lines = [f"{n}_a.jpg#{k}\tA dog {k} ." for n in (1, 2, 3) for k in range(5)]
+    data = put(tmp_path / "Flickr8k.token.txt", "\n".join(lines))
+    put(tmp_path / "Flickr_8k.testImages.txt", "3_a.jpg\n1_a.jpg\n")
+    samples = read(data, "caption", photos, "test").samples
+    assert [sample.image_id for sample in samples] == ["1_a.jpg", "3_a.jpg"] and len(samples[0].references) == 5
+    assert len(read(data, "caption", photos)) == 3
+    images = [
+        {"filename": f"{n}_a.jpg", "imgid": n, "split": "test", "sentences": [{"raw": f"A dog {k}."} for k in range(5)]}
+        for n in (1, 2)
+    ]
+    karpathy = put(tmp_path / "dataset_flickr30k.json", {"images": images, "dataset": "flickr30k"})
+    data = read(karpathy, "retrieval", photos, "test", clean_texts=True)
+    assert data.texts[0][0] == "a dog 0" and [sample.image_id for sample in data.samples] == [1, 2]
+
+
+def test_pairs_of_one_image_are_one_sample_and_questions_are_many(tmp_path):
+    photos = make_photos(tmp_path / "photos")
+    rows = [{"image": f"{n:012d}.jpg", "caption": text} for n, text in ((1, "a"), (2, "b"), (1, "c"))]
+    samples = read(put(tmp_path / "pairs.json", rows), "caption", photos).samples
+    assert [(sample.image_id, sample.references) for sample in samples] == [(1, ["a", "c"]), (2, ["b"])]
+    rows = [{"image": f"{1:012d}.jpg", "questions": ["", "what ?", "who ?"], "answers": ["x", "cup, stand", "me"]}]
+    samples = read(put(tmp_path / "many.json", rows), "vqa", photos).samples
+    assert [(s.question, s.references) for s in samples] == [("what ?", ["cup, stand"]), ("who ?", ["me"])]
+    assert len({sample.question_id for sample in samples}) == 2
+
+
+# Retrieval
+
+
+def retrieval_set(stage1: str, tmp_path: Path, images: int, texts: int, **options) -> RetrievalSet:
+    photos = make_photos(tmp_path / "photos", count=images)
+    words = "a the red green blue circle square dog cat left right above below and".split()
+    rows = [
+        {
+            "image": f"{n:012d}.jpg",
+            "caption": [" ".join(words[(n * k) % 7 :][: 3 + k % 5]) + f" {k}" for k in range(texts)],
+        }
+        for n in range(1, images + 1)
+    ]
+    checkpoint = load_checkpoint(stage1, "cpu")
+    data = read(put(tmp_path / "rows.json", rows), "retrieval", photos, clean_texts=True)
+    return RetrievalSet(checkpoint.model, data, checkpoint.stage1_collator(32), Accelerator(cpu=True), **options)
+
+
+@pytest.mark.parametrize("keep_images", [True, False])
+def test_grouped_pairs_equal_the_plain_pair_loop(stage1, tmp_path, monkeypatch, keep_images):
+    monkeypatch.setattr("retrieval.PAIRS_AT_ONCE", 7)  # images are cut over several groups
+    data = retrieval_set(stage1, tmp_path, images=5, texts=3, batch_size=2, keep_images=keep_images)
+    listed = shortlists(data.cosines, 4)
+    no_match, match = match_shortlists(data, listed)
+    wanted = listed["i2t"] | listed["t2i"]
+    assert listed["i2t"].sum() == 5 * 4 and listed["t2i"].sum() == 15 * 4 and not wanted.all()
+    processor = load_checkpoint(stage1, "cpu").processor
+    for image in range(5):
+        pixels = processor.image_processor(images=[data.dataset.image_of(image)], return_tensors="pt")["pixel_values"]
+        for text in range(15):
+            encoded = processor.tokenizer([data.texts[text]], return_tensors="pt")
+            ids, mask = encoded["input_ids"], encoded["attention_mask"]
+            with torch.no_grad():
+                alone = data.model.itm_logits(pixels, ids, mask)[0]
+                features = data.model.get_image_features(pixels).pooler_output
+                cosine = data.model.itc_scores(features, data.model.get_text_features(ids, mask).pooler_output)
+            assert data.cosines[image, text] == pytest.approx(cosine.item(), abs=1e-5)
+            expected = alone if wanted[image, text] else torch.zeros(2)
+            found = torch.stack([no_match[image, text], match[image, text]])
+            assert torch.allclose(found, expected, atol=1e-4)
+    assert match[wanted].std() > 0.01  # the pairs differ, so the equality says something
+
+
+def test_rerank_modes_are_what_they_say(stage1, tmp_path):
+    data = retrieval_set(stage1, tmp_path, images=6, texts=2)
+    found = rerank(data, 3, 0.1)
+    listed = shortlists(data.cosines, 3)
+    no_match, match = match_shortlists(data, listed)
+    formulas = {
+        "itm": match,
+        "itm+itc": match + data.cosines,
+        "itm+logits": data.cosines / 0.1 + (match - no_match) / 2,
+    }
+    for mode, scores in formulas.items():
+        assert torch.equal(mode_scores(mode, data.cosines, no_match, match, 0.1), scores)
+        for way, mask in listed.items():
+            ranked = ranked_scores(scores, data.cosines, mask)
+            assert ranked[mask].min() > ranked[~mask].max()
+            outside = ranked[~mask].argsort()
+            assert torch.equal(outside, data.cosines.double()[~mask].argsort())
+            recalls = recall_at_k(ranked, data.owner)
+            assert all(found[f"{name}_{mode}"] == value for name, value in recalls.items() if name.startswith(way))
+
+
+@pytest.mark.slow
+def test_reranking_is_twice_as_fast_as_pair_by_pair(stage1, tmp_path):
+    """Both over the same pairs in one run; pair by pair the tower's features are at hand too."""
+    data = retrieval_set(stage1, tmp_path, images=8, texts=8)
+    listed = shortlists(data.cosines, 64)
+    match_shortlists(data, listed)
+    start = time.perf_counter()
+    _, match = match_shortlists(data, listed)
+    grouped = time.perf_counter() - start
+    start = time.perf_counter()
+    for image in range(8):
+        for text in range(64):
+            pair = data.match_logits(torch.tensor([image]), torch.tensor([text]))
+            assert pair[0, 1] == pytest.approx(match[image, text].item(), abs=1e-4)
+    alone = time.perf_counter() - start
+    print(f"grouped {grouped:.2f} s, pair by pair {alone:.2f} s: {alone / grouped:.1f} x")
+    assert alone > 2 * grouped

@@ -1,0 +1,136 @@
+"""Closed sets of answers: each candidate is scored by the language model's likelihood, or by ITC for stage 1."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from collators import IGNORE, CausalLMCollator, Seq2SeqLMCollator, collate_images, collate_prompts, filler_of, pad
+from rows import Rows
+from transforms import clean_caption
+
+from evaluation.models import Checkpoint
+from modeling_blip2x.outputs_blip2x import Blip2xImageFeatures
+
+PAIRS_AT_ONCE = 64  # (image, candidate), whose logits over the vocabulary are in memory together
+Rank = Callable[[list[dict]], list[list[float]]]  # for each item a score for each candidate, the best is highest
+WORDNET_ID = re.compile(r"n\d{8}")
+
+
+def candidate_ranker(accelerator: Accelerator, checkpoint: Checkpoint, candidates: list[str]) -> Rank:
+    """Scores by likelihood: the mean log-probability of a candidate's tokens and the end token after image and prompt.
+
+    The mean makes long candidates comparable with short ones.
+    """
+    model, collator = checkpoint.model, checkpoint.language_collator()
+
+    def rank(items: list[dict]) -> list[list[float]]:
+        pixels = collate_images(items, collator.image_processor, collator.cropped)
+        prompts = collate_prompts(items, collator.qformer_tokenizer, collator.max_text_length)
+        inputs = {name: value.to(accelerator.device) for name, value in (pixels | prompts).items()}
+        with accelerator.autocast():
+            queries = model.get_image_features(**inputs).pooler_output  # (B, Q, width)
+            encoded = [collator.answer(item["prompt"], text) for item in items for text in candidates]
+            owners = torch.arange(len(items)).repeat_interleave(len(candidates))
+            scores = [
+                log_likelihoods(model, collator, queries[owners[part].to(queries.device)], [encoded[i] for i in part])
+                for part in torch.arange(len(encoded)).split(PAIRS_AT_ONCE)
+            ]
+        return torch.cat(scores).view(len(items), len(candidates)).tolist()
+
+    return rank
+
+
+def log_likelihoods(
+    model: torch.nn.Module,
+    collator: CausalLMCollator | Seq2SeqLMCollator,
+    queries: torch.Tensor,
+    encoded: list[tuple[list[int], list[int]]],
+) -> torch.Tensor:
+    """Mean log-probability (B,) of each row's supervised tokens, given soft prompts (B, Q, width) and (ids, labels)."""
+    ids, labels = zip(*encoded)
+    labels = pad(list(labels), IGNORE).to(model.device)
+    out = model(
+        input_ids=pad(list(ids), filler_of(collator.tokenizer)).to(model.device),
+        attention_mask=pad([[1] * len(row) for row in ids], 0).to(model.device),
+        mm_encoder_outputs={"image": Blip2xImageFeatures(pooler_output=queries)},
+        **({"decoder_input_ids": shifted(model, labels)} if model.config.is_encoder_decoder else {}),
+    )
+    logits = out.logits
+    if not model.config.is_encoder_decoder:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+    return (-losses.sum(1) / (labels != IGNORE).sum(1)).cpu()
+
+
+def shifted(model: torch.nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    return model.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+
+
+@torch.no_grad()
+def class_ranker(
+    accelerator: Accelerator, checkpoint: Checkpoint, classes: list[str], templates: list[str], max_text_length: int
+) -> Rank:
+    """Cosines of ITC with each class, whose feature is the mean of those of its sentences, as CLIP has it."""
+    model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
+    features = []
+    for name in classes:
+        sentences = [clean_caption(template.replace("{}", name)) for template in templates]
+        encoded = tokenizer(
+            sentences, padding=True, truncation=True, max_length=max_text_length, return_tensors="pt"
+        ).to(accelerator.device)
+        of_class = model.get_text_features(encoded["input_ids"], encoded["attention_mask"]).pooler_output
+        features.append(F.normalize(of_class.mean(0), dim=0))
+    features = torch.stack(features)
+
+    def rank(items: list[dict]) -> list[list[float]]:
+        pixels = collate_images(items, checkpoint.processor.image_processor, False)["pixel_values"]
+        images = model.get_image_features(pixels.to(accelerator.device)).pooler_output
+        return model.itc_scores(images, features).float().tolist()
+
+    return rank
+
+
+def class_names(path: str | None, rows) -> list[str]:
+    """Names of the classes in order: of a file, else as the data set calls them, else its different labels.
+
+    Raises ValueError for numbered classes without names.
+    """
+    if path is not None:
+        return read_names(path)[0]
+    column = next((name for name in ("label", "class", "cls", "text") if name in rows.column_names), None)
+    names = None if column is None or isinstance(rows, Rows) else getattr(rows.features[column], "names", None)
+    if names:
+        return list(names)
+    values = sorted({value for value in (rows[column][:] if column else [])} - {None}, key=str)
+    if not values or not all(isinstance(value, str) for value in values):
+        raise ValueError("The data set does not name its classes. Pass --classes FILE with a name for each.")
+    return values
+
+
+def read_names(path: str) -> tuple[list[str], dict[str, str]]:
+    """Names of a file, and those of WordNet ids such as n01440764, which ImageNet's folders are called.
+
+    JSON: a list, or {"0": name} or {"0": [id, name]} as ImageNet's class index. Text: a name a line, or `id name, synonym`
+    as ImageNet's LOC_synset_mapping.txt, whose first name counts.
+    """
+    file, by_id = Path(path), {}
+    if file.suffix == ".json":
+        content = json.loads(file.read_text(encoding="utf-8"))
+        entries = content if isinstance(content, list) else [content[key] for key in sorted(content, key=int)]
+    else:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        pairs = [line.split(maxsplit=1) for line in lines]
+        coded = all(len(pair) == 2 and WORDNET_ID.fullmatch(pair[0]) for pair in pairs)
+        entries = [(pair[0], pair[1].split(",")[0]) for pair in pairs] if coded else lines
+    names = []
+    for entry in entries:
+        if isinstance(entry, (list, tuple)):
+            by_id[entry[0]] = entry[1].replace("_", " ")
+        names.append(entry[1].replace("_", " ") if isinstance(entry, (list, tuple)) else str(entry))
+    if len(names) < 2:
+        raise ValueError(f"{path} holds {len(names)} names. Choosing takes two or more.")
+    return names, by_id

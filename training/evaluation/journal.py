@@ -1,0 +1,67 @@
+"""What an evaluation has predicted so far, so that the same command goes on where a killed one stopped.
+
+OUTPUT/.progress/identity.json says what is evaluated and how; each process appends its results to a JSONL of its own.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from captioned_rows import write_whole
+from features import differences
+
+
+class Journal:
+    """Results by number, of all processes of all runs so far.
+
+    `name` tells apart what one evaluation counts: samples, or images that are re-ranked. A line cut off by a crash is
+    dropped. Raises ValueError where the folder holds another evaluation.
+    """
+
+    def __init__(
+        self, output_dir: Path, identity: dict, accelerator: Accelerator, overwrite: bool, name: str = "results"
+    ):
+        folder = output_dir / ".progress"
+        self.path = folder / f"{name}.{accelerator.process_index}.jsonl"
+        differs = open_folder(folder, identity, overwrite, accelerator)
+        if differs:
+            raise ValueError(
+                f"{output_dir} holds another evaluation ({differs}). Choose another --output_dir, or pass "
+                "--overwrite_output_dir to start over."
+            )
+        self.results: dict[int, object] = {}
+        for path in sorted(folder.glob(f"{name}.*.jsonl")):
+            self.results |= whole_lines(path, repair=path == self.path)
+        accelerator.wait_for_everyone()  # nobody adds before all have read
+
+    def add(self, results: dict[int, object]) -> None:
+        lines = "".join(json.dumps([number, result], ensure_ascii=False) + "\n" for number, result in results.items())
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(lines)
+
+
+def open_folder(folder: Path, identity: dict, overwrite: bool, accelerator: Accelerator) -> str:
+    """Make the folder, or clear it where another evaluation may be overwritten; what differs where it may not."""
+    described, differs = folder / "identity.json", ""
+    identity = json.loads(json.dumps(identity))  # as it reads back
+    accelerator.wait_for_everyone()
+    if described.exists():
+        differs = differences(json.loads(described.read_text(encoding="utf-8")), identity)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and (overwrite and differs or not described.exists()):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_whole(described, json.dumps(identity, indent=1).encode())
+    accelerator.wait_for_everyone()
+    return "" if overwrite else differs
+
+
+def whole_lines(path: Path, repair: bool) -> dict[int, object]:
+    """Results of a file by number, without a last line that a crash cut off; `repair` also takes it off the file."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+        if repair:
+            write_whole(path, b"".join(lines))
+    return dict(json.loads(line) for line in lines)

@@ -1,0 +1,191 @@
+"""What is evaluated: images with captions, questions with answers, or images with a class, each with its official ids."""
+
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import datasets
+from data import ImageDataset, fill_prompt
+from images import NO_NAME, BadRow, image_keys, number_images, open_image
+from PIL import Image
+from rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
+from transforms import clean_caption
+
+COLUMNS = {  # task: where its texts are looked for
+    "caption": ("caption", "captions", "text", "text_output"),
+    "retrieval": ("caption", "captions", "text", "text_output"),
+    "vqa": ("answers", "answer", "text_output", "text"),
+    "classification": ("label", "class", "cls", "text"),
+}
+GROUPS = ("domain", "question_type", "answer_type")
+REMOVED_FROM_QUESTIONS = re.compile(r'[.!"()*#:;~]')  # LAVIS, BlipQuestionProcessor
+
+
+@dataclass
+class Sample:
+    """One prediction to make. `groups`: domain, question_type, answer_type, where the data set has them."""
+
+    row: int
+    image_id: int | str
+    references: list[str]
+    question: str = ""
+    question_id: int | str | None = None
+    groups: dict[str, str] = field(default_factory=dict)
+
+
+class EvaluationSet(ImageDataset):
+    """Samples over images. `skipped` has a report for each row whose image is missing.
+
+    Items ([epoch, sample], as data sets of training are indexed) hold `image`, `prompt` and `text`, the first reference.
+
+    Args:
+        texts: columns and cleaning as in `EvaluationArguments`; `prompt` goes before what is written.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset | Rows,
+        *,
+        task: str,
+        image_column: str = "image",
+        text_column: str | None = None,
+        prompt_column: str | None = None,
+        prompt: str = "",
+        clean_texts: bool = False,
+        clean_questions: bool = False,
+        folder: Path | None = None,
+        name: str = "",
+    ):
+        super().__init__(rows, image_column, folder)
+        self.prompt, self.task = prompt, task
+        keys = list(image_keys(self.images, image_column, folder))
+        self.skipped = [self.report(row, fault) for row, fault in enumerate(keys) if isinstance(fault, BadRow)]
+        if len(self.skipped) == len(keys):
+            first = self.skipped[0]
+            raise ValueError(
+                f"No image of the {len(keys)} rows of {name} is there, the first: {first['name']}: {first['reason']}. Relative "
+                f"paths start at {folder or 'the working directory'}; --image_folder changes it."
+            )
+        self.samples = self.read(rows, keys, text_column, prompt_column, clean_texts, clean_questions)
+
+    def read(
+        self,
+        rows: datasets.Dataset | Rows,
+        keys: list[str | BadRow],
+        text_column: str | None,
+        prompt_column: str | None,
+        clean_texts: bool,
+        clean_questions: bool,
+    ) -> list[Sample]:
+        """The samples of all rows whose image is there: a question each, or an image each with all its texts."""
+        texts = read_column(rows, text_column, COLUMNS[self.task], "text_column")
+        id_column = next((name for name in IMAGE_ID_COLUMNS if name in rows.column_names), None)
+        ids = rows[id_column][:] if id_column else [None] * len(keys)
+        groups = {column: rows[column][:] for column in GROUPS if column in rows.column_names}
+
+        def sample(row: int, references: list[str], **others: object) -> Sample:
+            kinds = {name: str(values[row]) for name, values in groups.items() if values[row] is not None}
+            image_id = file_id(self.name(row), row) if ids[row] is None else ids[row]
+            return Sample(row, image_id, references, groups=kinds, **others)
+
+        here = [row for row, key in enumerate(keys) if not isinstance(key, BadRow)]
+        samples: list[Sample] = []
+        if self.task == "vqa":
+            column = find_column(rows, prompt_column, PROMPT_COLUMNS, "prompt_column")
+            questions = rows[column][:]
+            numbers = rows["question_id"][:] if "question_id" in rows.column_names else None
+            for row in here:
+                for question, answers in turns_of(row, questions[row], texts[row]):
+                    number = numbers[row] if numbers else len(samples)
+                    question = clean_question(question) if clean_questions else question
+                    samples.append(sample(row, answers, question=question, question_id=number))
+            return samples
+        if self.task == "classification":
+            return [sample(row, as_texts(texts[row])) for row in here]
+        by_image: dict[int, Sample] = {}
+        numbers = number_images(keys, [None if one is None else str(one) for one in ids], {})
+        for row in here:  # rows that show one image, as in lists of pairs, are one sample
+            captions = [clean_caption(text) if clean_texts else text for text in as_texts(texts[row])]
+            captions = [text for text in captions if text.strip()]
+            by_image.setdefault(numbers[row], sample(row, [])).references.extend(captions)
+        return list(by_image.values())
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        sample = self.samples[key[1]]
+        return {
+            "image": open_image(self.images[sample.row][self.image_column], self.folder),
+            "prompt": fill_prompt(self.prompt, sample.question) if sample.question else self.prompt,
+            "text": sample.references[0] if sample.references else "",
+            "image_id": key[1],
+        }
+
+    def readable_items(self, numbers: list[int]) -> dict[int, dict | BadRow]:
+        """Items of samples, or why an image cannot be read."""
+        found = {}
+        for number in numbers:
+            try:
+                found[number] = self[0, number]
+            except BadRow as error:
+                found[number] = error
+        return found
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """References of each sample, as retrieval takes them."""
+        return [sample.references for sample in self.samples]
+
+    def image_of(self, number: int) -> Image.Image:
+        return self.image(self.samples[number].row)
+
+    def drop(self, numbers: set[int]) -> None:
+        """Leave samples out."""
+        self.samples = [sample for number, sample in enumerate(self.samples) if number not in numbers]
+
+    def report(self, row: int, fault: BadRow) -> dict:
+        return {"row": row, "name": self.name(row), "reason": str(fault)}
+
+    def fingerprint(self) -> list:
+        """What decides what is asked, for a run that goes on: names of images, ids and texts."""
+        return [{**asdict(sample), "name": self.name(sample.row)} for sample in self.samples]
+
+
+def read_column(rows: datasets.Dataset | Rows, column: str | None, known: tuple[str, ...], flag: str) -> list:
+    """A column of texts; class numbers of a data set that names them become the names. None for each row where there is
+    no such column and none was asked for: test sets have no answers."""
+    if column is None and not any(name in rows.column_names for name in known):
+        return [None] * len(rows)
+    column = find_column(rows, column, known, flag)
+    values = rows[column][:]
+    names = getattr(rows.features.get(column), "names", None) if isinstance(rows, datasets.Dataset) else None
+    return [names[value] if names and isinstance(value, int) and value >= 0 else value for value in values]
+
+
+def file_id(name: str, row: int) -> int | str:
+    """COCO's number out of a file name such as COCO_val2014_000000391895.jpg, else the file's name, else the row."""
+    if name in (NO_NAME, "embedded bytes"):
+        return row
+    number = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})", Path(name).stem)
+    return int(number[1]) if number else Path(name).name
+
+
+def as_texts(value: object) -> list[str]:
+    """A text, a list of them, a number or nothing, as a list of texts."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [str(text) for text in values if text is not None]
+
+
+def turns_of(row: int, question: object, value: object) -> list[tuple[str, list[str]]]:
+    """Questions of a row with their answers; blank questions ask nothing."""
+    if not isinstance(question, list):
+        return [(question.strip(), as_texts(value))] if isinstance(question, str) and question.strip() else []
+    answers = value if isinstance(value, list) else [None] * len(question)
+    if len(answers) != len(question):
+        raise ValueError(f"Row {row} has {len(question)} questions, but {len(answers)} answers. Give one each.")
+    return [(one.strip(), as_texts(given)) for one, given in zip(question, answers) if one and one.strip()]
+
+
+def clean_question(question: str) -> str:
+    return REMOVED_FROM_QUESTIONS.sub("", question.lower()).strip()

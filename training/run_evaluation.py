@@ -1,0 +1,226 @@
+"""Evaluation of a checkpoint with the paper's protocol: metrics, predictions, official results and a report.
+
+    python training/run_evaluation.py --model DIR --task caption --data captions_val2017.json --split all \
+        --image_folder val2017 --output_dir OUT
+    python training/run_evaluation.py --config training/configs/evaluation/vqav2.yaml --model DIR --data D --output_dir OUT
+
+Tasks: caption, vqa, retrieval, classification. Checkpoints of stage 1 and 2, and transformers' own BLIP-2. Several
+processes (`accelerate launch`, `torchrun`) share the work. The same command goes on where a run was stopped. --help lists
+the fields.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from args import parse_arguments
+from evaluation.card import write_card
+from evaluation.choosing import class_names, read_names
+from evaluation.fields import FREE, EvaluationArguments, choose_prompt
+from evaluation.itc_score import score_by_itc
+from evaluation.journal import Journal
+from evaluation.lemmatizer import load_lemmatizer
+from evaluation.models import Checkpoint, check_task, load_checkpoint
+from evaluation.predict import Predictions, choose, drop_unreadable, retrieve, write_texts
+from evaluation.published import PUBLISHED
+from evaluation.report import FIXED_SCALE, SCORE_NAMES, write_report
+from evaluation.results import table, write_results
+from evaluation.samples import EvaluationSet
+from evaluation.scoring import counts, make_records, score
+from features import weights_fingerprint
+from inputs import output_size
+from official import evaluation_rows
+from sources import image_start
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(EvaluationArguments, sys.argv[1:] if argv is None else argv)
+    accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no")
+    started = time.perf_counter()
+    lemmatize = load_lemmatizer() if args.lemmatize else None
+    checkpoint = load_checkpoint(args.model, accelerator.device, args.image_size)
+    check_task(args, checkpoint)
+    data, candidates = load_data(args, accelerator, checkpoint)
+    protocol = protocol_of(args, checkpoint, data, candidates)
+    accelerator.print("\n".join(f"{name:<20}{value}" for name, value in protocol.items()))
+
+    num_rows = len(data.images)
+    stop_if_too_many_skipped(args, data.skipped, num_rows)
+    journal = Journal(
+        Path(args.output_dir), identity_of(args, checkpoint, data, candidates), accelerator, args.overwrite_output_dir
+    )
+    if journal.results:
+        accelerator.print(f"Going on after {len(journal.results)} of {len(data)} that an earlier run has done.")
+    with torch.no_grad():
+        predicted = predict(args, accelerator, checkpoint, data, journal, candidates)
+    itc = score_by_itc(args, accelerator, data, predicted.found) if args.scorer else {}
+    if accelerator.is_main_process:
+        records, skipped = make_records(
+            data.samples, predicted.found, [data.name(sample.row) for sample in data.samples]
+        )
+        skipped = data.skipped + skipped
+        stop_if_too_many_skipped(args, skipped, num_rows)
+        notes = list(checkpoint.notes)
+        metrics, main_metric = score(args, records, predicted.metrics, lemmatize, notes)
+        summary = {
+            "model": args.model,
+            "name": Path(args.model).name if Path(args.model).exists() else args.model,
+            "protocol": protocol,
+            "main_metric": main_metric,
+            "metrics": metrics | itc,
+            "published": PUBLISHED.get(args.benchmark, {}),
+            "counts": counts(records, skipped),
+            "notes": notes,
+            "score_name": SCORE_NAMES[args.task],
+            "middle_score": 50.0 if args.task in FIXED_SCALE else metrics.get(main_metric, 0.0),
+            "seconds": round(time.perf_counter() - started, 1),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }
+        finish(args, summary, records, skipped, data, checkpoint)
+    accelerator.wait_for_everyone()
+
+
+def load_data(
+    args: EvaluationArguments, accelerator: Accelerator, checkpoint: Checkpoint
+) -> tuple[EvaluationSet, list[str]]:
+    """The samples, and the closed set of answers or classes where there is one."""
+    with accelerator.main_process_first():
+        rows = evaluation_rows(args.data, args.split, args.image_folder)
+    data = EvaluationSet(
+        rows,
+        task=args.task,
+        image_column=args.image_column,
+        text_column=args.text_column,
+        prompt_column=args.prompt_column,
+        prompt="" if checkpoint.stage == 1 else choose_prompt(args, checkpoint.model.config),
+        clean_texts=args.clean_captions and args.task == "retrieval",
+        clean_questions=args.clean_questions,
+        folder=image_start(args.data, args.image_folder),
+        name=args.data,
+    )
+    if args.task == "retrieval":
+        drop_unreadable(accelerator, data, args.batch_size)
+    if not len(data):
+        raise ValueError(
+            f"--data {args.data}, split {args.split!r} has no questions. Name their column: --prompt_column."
+        )
+    if args.task == "classification":
+        candidates = class_names(args.classes, rows)
+        by_id = read_names(args.classes)[1] if args.classes else {}
+        name_classes(data, candidates, by_id)
+        return data, candidates
+    return data, read_names(args.candidates)[0] if args.candidates else []
+
+
+def name_classes(data: EvaluationSet, classes: list[str], by_id: dict[str, str]) -> None:
+    """Turn numbers and WordNet ids of classes into names; raises ValueError for one that there is no name for."""
+    for sample in data.samples:
+        named = [by_id.get(label, label) for label in sample.references]
+        named = [classes[int(label)] if label.isdigit() and int(label) < len(classes) else label for label in named]
+        unknown = [label for label in named if label not in classes]
+        if unknown:
+            raise ValueError(
+                f"Class {unknown[0]!r} of {data.name(sample.row)} is not among the {len(classes)} classes."
+            )
+        sample.references = named
+
+
+def predict(
+    args: EvaluationArguments,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint,
+    data: EvaluationSet,
+    journal: Journal,
+    candidates: list[str],
+) -> Predictions:
+    if args.task == "retrieval":
+        return retrieve(args, accelerator, checkpoint, data, journal)
+    if candidates:
+        return choose(args, accelerator, checkpoint, data, journal, candidates)
+    return write_texts(args, accelerator, checkpoint, data, journal)
+
+
+def protocol_of(
+    args: EvaluationArguments, checkpoint: Checkpoint, data: EvaluationSet, candidates: list[str]
+) -> dict[str, object]:
+    """What was pinned, as printed and stored."""
+    height, width = output_size(checkpoint.processor.image_processor)
+    protocol = {
+        "task": args.task,
+        "data": args.data,
+        "split": args.split,
+        "benchmark": args.benchmark or "none",
+        "model": f"{args.model} (stage {checkpoint.stage})",
+        "samples": len(data),
+        "image_size": f"{height} x {width}",
+    }
+    if checkpoint.stage == 2:
+        protocol["prompt"] = repr(data.prompt)
+    if args.task == "retrieval":
+        protocol |= {"score_mode": args.score_mode, "clean_captions": args.clean_captions}
+        protocol |= {} if args.score_mode == "itc" else {"rerank_k": args.rerank_k}
+    elif candidates and checkpoint.stage == 1:
+        protocol |= {"classes": len(candidates), "templates": " | ".join(args.templates), "score": "ITC cosine"}
+    elif candidates:
+        protocol |= {"candidates": len(candidates), "score": "mean log-likelihood of the tokens"}
+    else:
+        protocol |= args.generation
+    if args.task == "vqa":
+        protocol |= {"clean_questions": args.clean_questions, "lemmatize": args.lemmatize}
+    return protocol | {"autocast": "bfloat16" if args.bf16 else "none"}
+
+
+def identity_of(
+    args: EvaluationArguments, checkpoint: Checkpoint, data: EvaluationSet, candidates: list[str]
+) -> dict[str, object]:
+    """What decides the predictions: fields, weights, samples. A run goes on where it is the same."""
+    identity = {name: value for name, value in asdict(args).items() if name not in FREE}
+    asked = json.dumps([data.fingerprint(), candidates], ensure_ascii=False).encode()
+    return identity | {
+        "prompt": data.prompt,
+        "weights": weights_fingerprint(checkpoint.model),
+        "samples": hashlib.sha256(asked).hexdigest()[:16],
+    }
+
+
+def stop_if_too_many_skipped(args: EvaluationArguments, skipped: list[dict], num_rows: int) -> None:
+    if len(skipped) > args.max_skip_fraction * num_rows:
+        first = skipped[0]
+        raise ValueError(
+            f"{len(skipped)} of {num_rows} rows cannot be used, above --max_skip_fraction {args.max_skip_fraction}; the first: "
+            f"row {first['row']}, {first['name']}: {first['reason']}. Repair them, check --image_folder, or raise it: figures "
+            "are then over the others."
+        )
+
+
+def finish(
+    args: EvaluationArguments,
+    summary: dict,
+    records: list[dict],
+    skipped: list[dict],
+    data: EvaluationSet,
+    checkpoint: Checkpoint,
+) -> None:
+    """Write every file and print the figures."""
+    output_dir = Path(args.output_dir)
+    write_results(output_dir, args, records, skipped, summary)
+    print(f"\n{table(summary)}")
+    written = [output_dir / "metrics.json"]
+    if args.report:
+        written += write_report(output_dir, summary, records, data, checkpoint)
+    if args.model_card:
+        written += write_card(args, summary, checkpoint)
+    print("Written: " + ", ".join(map(str, written)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
