@@ -17,7 +17,7 @@ CORE = [
     "numpy>=2.0.0",
 ]
 TRAIN = ["accelerate>=1.15.0", "datasets>=5.2.0", "peft>=0.21.2", "pyyaml>=6.0", "tqdm>=4.67.0", "matplotlib>=3.10.0"]
-EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0"]
+EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0", "jinja2>=3.1.0"]
 SPACE = ["gradio>=6.31.0"]
 QUANTIZE = ["bitsandbytes>=0.50.0"]  # 4- and 8-bit language models
 TEST = [*TRAIN, *EVAL, *QUANTIZE, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]

@@ -282,7 +282,9 @@ def test_wrong_fields_and_checkpoints_are_named(parts, tmp_path):
         evaluate(tmp_path, task="vqa", model=parts / "stage1", data=parts / "captions.json")
     with pytest.raises(ValueError, match="--task retrieval needs a checkpoint of stage 1"):
         evaluate(tmp_path, task="retrieval", model=parts / "opt", data=parts / "captions.json")
-    with pytest.raises(ValueError, match=r"(?s)4 wrong field.*--task is 'captions'; choose.*--score_mode is 'x'.*--num_beams is 0"):
+    with pytest.raises(
+        ValueError, match=r"(?s)4 wrong field.*--task is 'captions'; choose.*--score_mode is 'x'.*--num_beams is 0"
+    ):
         parse_arguments(
             EvaluationArguments,
             ["--task=captions", "--num_beams=0", "--score_mode=x", "--data=d", "--output_dir=o"],
