@@ -25,7 +25,7 @@ TRAIN = [
     "matplotlib>=3.10.0",
     "tensorboard>=2.20.0",
 ]
-EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0"]
+EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0", "jinja2>=3.1.0"]
 SPACE = ["gradio>=6.31.0", "psutil>=7.0.0"]
 QUANTIZE = ["bitsandbytes>=0.50.0"]  # 4- and 8-bit language models
 BROWSER = ["playwright>=1.65.0", "axe-playwright-python>=0.1.8"]

@@ -111,7 +111,7 @@ def load_data(
             f"--data {args.data}, split {args.split!r} has no questions. Name their column: --prompt_column."
         )
     if args.task == "classification":
-        candidates = class_names(args.classes, rows)
+        candidates = class_names(args.classes, rows, args.text_column)
         by_id = read_names(args.classes)[1] if args.classes else {}
         name_classes(data, candidates, by_id)
         return data, candidates

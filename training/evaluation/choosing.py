@@ -13,6 +13,7 @@ from rows import Rows
 from transforms import clean_caption
 
 from evaluation.models import Checkpoint
+from evaluation.samples import COLUMNS
 from modeling_blip2x.outputs_blip2x import Blip2xImageFeatures
 
 PAIRS_AT_ONCE = 64  # (image, candidate), whose logits over the vocabulary are in memory together
@@ -94,14 +95,14 @@ def class_ranker(
     return rank
 
 
-def class_names(path: str | None, rows) -> list[str]:
-    """Names of the classes in order: of a file, else as the data set calls them, else its different labels.
+def class_names(path: str | None, rows, column: str | None = None) -> list[str]:
+    """Names of the classes in order: of a file, else as the data set calls those of the column, else its different labels.
 
     Raises ValueError for numbered classes without names.
     """
     if path is not None:
         return read_names(path)[0]
-    column = next((name for name in ("label", "class", "cls", "text") if name in rows.column_names), None)
+    column = column or next((name for name in COLUMNS["classification"] if name in rows.column_names), None)
     names = None if column is None or isinstance(rows, Rows) else getattr(rows.features[column], "names", None)
     if names:
         return list(names)

@@ -52,12 +52,17 @@ def choose_records(records: list[dict]) -> dict[str, list[dict]]:
     """Records to show by title: the best and worst, the first of equals, and evenly spread ones of the others."""
     ordered = sorted((record for record in records if "score" in record), key=lambda record: record["score"])
     count = min(EXTREMES, len(ordered) // 3)
-    best, worst = sorted(ordered, key=lambda record: -record["score"])[:count], ordered[:count]
+    best = of_different_images(sorted(ordered, key=lambda record: -record["score"]))[:count]
+    worst = of_different_images(ordered)[:count]
     taken = {record["number"] for record in best + worst}
     others = [record for record in records if record["number"] not in taken]
     spread = np.unique(np.linspace(0, len(others) - 1, min(SHOWN, len(others))).round().astype(int)) if others else []
     sections = {"Evenly spread": [others[number] for number in spread], "Best": best, "Worst": worst}
     return {title: chosen for title, chosen in sections.items() if chosen}
+
+
+def of_different_images(records: list[dict]) -> list[dict]:
+    return list({record["image_id"]: record for record in reversed(records)}.values())[::-1]
 
 
 def page_values(summary: dict, records: list[dict]) -> dict:
