@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from evaluation.models import load_checkpoint
+from evaluation.report import choose_records
 from evaluation.samples import EvaluationSet
 from evaluation_parts import evaluate, make_photos, make_stage1, make_stage2, put, texts_of
 from metrics.retrieval_recall.scores import recall_at_k
@@ -179,3 +180,19 @@ def test_reranking_is_twice_as_fast_as_pair_by_pair(stage1, tmp_path):
     alone = time.perf_counter() - start
     print(f"grouped {grouped:.2f} s, pair by pair {alone:.2f} s: {alone / grouped:.1f} x")
     assert alone > 2 * grouped
+
+
+def test_the_report_shows_the_worst_case_of_different_images():
+    """Two questions about each of nine images: one answered well, one badly on two images."""
+    records = [
+        {"number": 2 * image + turn, "image_id": image, "score": 0.0 if turn and image in (3, 5) else 100.0}
+        for image in range(9)
+        for turn in range(2)
+    ]
+    sections = choose_records(records)
+    assert [record["number"] for record in sections["Worst"]][:2] == [7, 11]
+    assert all(record["score"] == 100 for record in sections["Best"])
+    for chosen in sections.values():
+        assert len({record["number"] for record in chosen}) == len(chosen)
+    for title in ("Best", "Worst"):
+        assert len({record["image_id"] for record in sections[title]}) == len(sections[title])

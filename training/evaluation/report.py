@@ -62,7 +62,11 @@ def choose_records(records: list[dict]) -> dict[str, list[dict]]:
 
 
 def of_different_images(records: list[dict]) -> list[dict]:
-    return list({record["image_id"]: record for record in reversed(records)}.values())[::-1]
+    """The first record of each image, in order."""
+    first = {}
+    for record in records:
+        first.setdefault(record["image_id"], record)
+    return list(first.values())
 
 
 def page_values(summary: dict, records: list[dict]) -> dict:
