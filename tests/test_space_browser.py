@@ -144,6 +144,14 @@ def test_an_error_is_a_toast_in_plain_words(visit, tmp_path):
     expect(page.get_by_text("This picture is damaged or cut off")).to_be_visible()
 
 
+def wait_until_said(page, message) -> None:
+    """Until an answer has words and gets no more of them."""
+    before = None
+    while (text := message.inner_text()) == "…" or text != before:
+        before = text
+        page.wait_for_timeout(1000)
+
+
 def test_chat(visit, loaded):
     page = visit()
     panel = open_tab(page, "Chat")
@@ -177,7 +185,7 @@ def test_chat(visit, loaded):
         box.press("Enter")
         expect(bot).to_have_count(answered + 1)
         expect(box).to_be_editable()
-        page.wait_for_timeout(800)
+        wait_until_said(page, bot.last)
     expect(panel.get_by_text("no room for the whole chat").first).to_be_visible()
     panel.get_by_role("button", name="Clear", exact=True).last.click()
     expect(bot).to_have_count(0)

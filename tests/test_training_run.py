@@ -251,6 +251,16 @@ def test_a_mistake_leaves_no_folder_and_no_earlier_run_harmed(parts, tmp_path):
         stage2(parts, out, "opt", "--language_model", "/nowhere")
 
 
+def test_continuing_with_other_fields_says_so_and_a_short_run_warms_up_in_a_tenth(parts, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(parts / "stage1", out)
+    lines = stage1(parts, out, "--max_steps", "40", "--warmup_steps", "2000", "--learning_rate", "2e-3")
+    said = capsys.readouterr().out
+    assert "--max_steps 6 -> 40" in said and "--learning_rate 0.001 -> 0.002" in said and "--seed" not in said
+    assert "--warmup_steps is 2000, but the run has 40 steps: warming up for 4 instead" in said
+    assert max(line["lr"] for line in lines if line["step"] > 6) > 1.9e-3
+
+
 def test_started_over_on_request(parts, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(parts / "stage1", out)

@@ -122,3 +122,12 @@ def save_arguments(arguments: object, path: Path) -> None:
     """Write the fields as YAML that --config reads back, without `overwrite_output_dir`: a repeat continues."""
     values = {name: value for name, value in asdict(arguments).items() if name != "overwrite_output_dir"}
     path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def changed_fields(arguments: object, path: Path) -> list[str]:
+    """What differs from the YAML that an earlier run left at `path`, as `--field before -> now`."""
+    if not path.exists():
+        return []
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    now = asdict(arguments)
+    return [f"--{n} {before[n]} -> {now[n]}" for n in before if n in now and before[n] != now[n]]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
-from args import save_arguments
+from args import changed_fields, save_arguments
 from checkpoint import clear_output_dir
 from data import CaptionDataset, JointDataset
 from environment import describe_environment
@@ -54,6 +54,8 @@ def open_output_dir(args: PretrainingArguments, accelerator: Accelerator) -> Pat
         if args.overwrite_output_dir:
             clear_output_dir(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
+        for change in changed_fields(args, output_dir / "config.yaml"):
+            accelerator.print(f"Continuing with another field than before: {change}")
         save_arguments(args, output_dir / "config.yaml")
         environment = describe_environment(args.seed, accelerator.num_processes)
         (output_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")

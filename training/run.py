@@ -57,6 +57,18 @@ def steps_of(args: PretrainingArguments, accelerator: Accelerator, train_set: Ca
     return count_steps(args, len(train_set), accelerator.num_processes)
 
 
+def warm_up(warmup_steps: int, max_steps: int, accelerator: Accelerator) -> int:
+    """Steps of warm-up; a tenth of a run that would end within them, which would train next to nothing."""
+    if warmup_steps < max_steps:
+        return warmup_steps
+    shorter = max_steps // 10
+    accelerator.print(
+        f"--warmup_steps is {warmup_steps}, but the run has {max_steps} steps: warming up for {shorter} instead. Small data "
+        "wants a higher --learning_rate too, such as 5e-4, and more --max_steps."
+    )
+    return shorter
+
+
 def fit(
     args: PretrainingArguments,
     accelerator: Accelerator,
@@ -117,7 +129,7 @@ def fit(
     schedule = functools.partial(
         learning_rate_at,
         max_steps=max_steps,
-        warmup_steps=args.warmup_steps,
+        warmup_steps=warm_up(args.warmup_steps, max_steps, accelerator),
         peak=args.learning_rate,
         floor=args.min_learning_rate,
     )
