@@ -8,6 +8,6 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tiny models: more threads only wait for one another (six times slower beside a busy core)
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))  # as when a script there runs
+ROOT = Path(__file__).parent.parent
+# As when a script of one of these folders runs: its modules import one another by name.
+sys.path[:0] = [str(ROOT / folder) for folder in ("training", "tests", "benchmarks", "space_app")]

@@ -15,7 +15,9 @@ from pathlib import Path
 from training_parts import make_image_folder, make_vision_model
 
 # The server looks for what it preloads where PYTHONPATH says, and passes silently over what it does not find.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+TESTS = Path(__file__).parent
+FOLDERS = [str(TESTS.parent / "training"), str(TESTS), os.environ.get("PYTHONPATH")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, FOLDERS))
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["training_imports"])
 

@@ -124,7 +124,6 @@ def test_instruct_from_stage1_with_lora(parts, tmp_path):
 
 def test_qlora(parts, tmp_path):
     """The checkpoint of a language model in 4 bits loads by itself and answers as the run's last weights do."""
-    pytest.importorskip("bitsandbytes")
     llm = parts / "opt64"
     if not llm.exists():
         make_language_model(llm, "opt", hidden_size=64, word_embed_proj_dim=64)

@@ -78,7 +78,6 @@ def test_a_wrong_size_without_interpolation_is_an_error():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_language_model(bits, tmp_path):
     """On a GPU where there is one; bitsandbytes computes on a CPU too."""
-    pytest.importorskip("bitsandbytes")
     shape = config("clip", "opt")
     shape.text_config.hidden_size = shape.text_config.word_embed_proj_dim = 64  # blocks of 4-bit numbers are of 64
     torch.manual_seed(0)

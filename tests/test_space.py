@@ -4,22 +4,21 @@ import io
 import threading
 import time
 
+import about
+import answers
+import attention
+import charts
+import gradio as gr
+import matching
+import models as space_models
 import pytest
 import torch
+import uploads
+import work
 from PIL import Image
+from settings import RANGES, Settings, check_text, check_texts
 from space_server import EXAMPLES, SPACE, save_tiny
 from tiny import bert_tokenizer, image, llm_tokenizer
-
-gr = pytest.importorskip("gradio")
-import about  # noqa: E402
-import answers  # noqa: E402
-import attention  # noqa: E402
-import charts  # noqa: E402
-import matching  # noqa: E402
-import models as space_models  # noqa: E402
-import uploads  # noqa: E402
-import work  # noqa: E402
-from settings import RANGES, Settings, check_text, check_texts  # noqa: E402
 
 NEVER = threading.Event()
 TEXTS = ["a red circle", "a blue dog on the square", "two"]

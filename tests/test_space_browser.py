@@ -4,19 +4,18 @@ import io
 import shutil
 import threading
 
+import answers
+import attention
+import matching
+import models as space_models
 import numpy as np
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+from settings import Settings
 from space_server import EXAMPLES, save_tiny, serving
-
-pytest.importorskip("gradio")
-playwright_api = pytest.importorskip("playwright.sync_api")
-import answers  # noqa: E402
-import attention  # noqa: E402
-import matching  # noqa: E402
-import models as space_models  # noqa: E402
-from settings import Settings  # noqa: E402
-from uploads import open_upload  # noqa: E402
+from uploads import open_upload
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser", "microsoft-edge"))), None
@@ -27,7 +26,6 @@ pytestmark = pytest.mark.skipif(
 NEVER = threading.Event()
 WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 WAIT = 20_000  # milliseconds
-expect = playwright_api.expect
 expect.set_options(timeout=WAIT)
 
 
@@ -49,7 +47,7 @@ def loaded(folders):
 
 @pytest.fixture(scope="module")
 def browser():
-    with playwright_api.sync_playwright() as playwright:
+    with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield chromium
         chromium.close()
@@ -303,7 +301,7 @@ GRADIOS_OWN = {"aria-prohibited-attr"}  # the label of the empty gallery is in G
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_labels_and_contrast(visit, scheme):
     """axe-core's rules of WCAG A and AA."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    axe = Axe()
     page = visit(scheme=scheme)
     found = {}
     for name in ("Caption", "Chat", "Match", "Search", "Look", "About"):

@@ -9,24 +9,21 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import answers
+import attention
 import httpx
+import matching
+import models as space_models
 import psutil
 import pytest
 import torch
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image
+from settings import Settings
 from space_server import EXAMPLES, ROOT, SPACE, save_tiny, serving
 from tiny import stage1, stage2
-
-gradio_client = pytest.importorskip("gradio_client")
-pytest.importorskip("gradio")
-import answers  # noqa: E402
-import attention  # noqa: E402
-import matching  # noqa: E402
-import models as space_models  # noqa: E402
-from gradio_client import Client, handle_file  # noqa: E402
-from gradio_client.exceptions import AppError  # noqa: E402
-from settings import Settings  # noqa: E402
-from uploads import open_upload  # noqa: E402
+from uploads import open_upload
 
 NEVER = threading.Event()
 TEXTS = "a red circle\nthe blue dog"

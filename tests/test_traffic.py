@@ -1,13 +1,11 @@
 """What two processes send in a step is what the formulas of docs/scale.md say, to the byte."""
 
-import sys
 from pathlib import Path
 
 import pytest
+import traffic
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import traffic  # noqa: E402
 
 
 @pytest.mark.parametrize("stage", [1, 2])

@@ -10,6 +10,7 @@ import torch
 from curves import choose_panels, draw_curves
 from PIL import Image
 from processes import flags, make_parts
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trackers import choose_tracker
 from watch import Watch, mean_cosine, query_similarity
 
@@ -92,9 +93,6 @@ def test_curves_of_nothing_are_no_file(tmp_path):
 
 
 def test_tensorboard_gets_the_losses(run):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     (events,) = run.glob("tensorboard/**/events.out.tfevents.*")
     reader = EventAccumulator(str(events))
     reader.Reload()

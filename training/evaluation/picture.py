@@ -3,14 +3,11 @@
 import textwrap
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure  # not pyplot: it would keep every figure and look for a screen
+from PIL import Image
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from evaluation.report import bins_of, shown, title_of  # noqa: E402
-from evaluation.samples import EvaluationSet  # noqa: E402
+from evaluation.report import bins_of, shown, title_of
+from evaluation.samples import EvaluationSet
 
 COLUMNS, WRAP, LINES = 4, 38, 3
 INK, SOFT, BAR, GOOD, BAD = "#1c1d1f", "#5d6168", "#3566a8", "#18764a", "#b3372c"
@@ -29,7 +26,7 @@ def write_picture(
         for title, chosen in sections.items()
         for start in range(0, len(chosen), COLUMNS)
     ]
-    figure = plt.figure(figsize=(14, 4 + 3.6 * len(rows)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(14, 4 + 3.6 * len(rows)), layout="constrained", facecolor="white")
     figure.suptitle(title_of(summary), fontsize=15, fontweight="bold", color=INK)
     parts = figure.subfigures(1 + len(rows), 1, height_ratios=[4] + [3.6] * len(rows), squeeze=False)[:, 0]
     figures, scores, picture = parts[0].subplots(1, 3, width_ratios=[5, 4, 3])
@@ -50,7 +47,6 @@ def write_picture(
                 draw_record(axis, record, data, summary)
     target = output_dir / "report.png"
     figure.savefig(target, dpi=90)
-    plt.close(figure)
     return target
 
 
