@@ -1,0 +1,72 @@
+"""All measurements side by side: ours against the plain algorithm, transformers' BLIP-2 and the machine's limit.
+
+    python benchmarks/run.py --suite all --device cpu --output benchmarks.json
+
+Random weights of real sizes, no network. Both sides of a line run in turns in this process or in a process each; medians
+after a warm-up. Prints a table and writes a list of objects {suite, case, device, dtype, ours, baseline, unit, ratio, aim,
+met}.
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parent.parent
+SUITES = {  # name -> module with run(device) -> rows
+    "feature_cache": "feature_cache",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", default=["all"], choices=["all", *SUITES])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", help="JSON file for the rows")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: torch sees no GPU here. Use --device cpu.")
+    sys.path[:0] = [str(ROOT), str(ROOT / "training")]
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}, "
+        f"{processor_name(args.device)}, {torch.get_num_threads()} threads",
+        flush=True,
+    )
+    rows = []
+    for suite in SUITES if "all" in args.suite else args.suite:
+        start = time.perf_counter()
+        found = importlib.import_module(SUITES[suite]).run(args.device)
+        rows += found
+        print(f"\n{suite}, {time.perf_counter() - start:.0f} s\n{table(found)}", flush=True)
+        if args.output:  # after each suite: what is measured is not lost with what comes
+            Path(args.output).write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+def processor_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def table(rows: list) -> str:
+    """Columns as the README shows them."""
+    lines = ["| case | dtype | ours | baseline | unit | ratio | aim | met |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        met = {None: "", True: "yes", False: "no"}[row.met]
+        numbers = [f"{row.ours:.4g}", *("" if x is None else f"{x:.4g}" for x in (row.baseline,))]
+        ratios = ["" if x is None else f"{x:.2f}" for x in (row.ratio, row.aim)]
+        lines.append("| " + " | ".join([row.case, row.dtype, *numbers, row.unit, *ratios, met]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
