@@ -1,11 +1,15 @@
 """run_evaluation.py end to end on tiny checkpoints and small files of the official formats."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import run_evaluation
 import torch
 from args import parse_arguments
 from evaluation import journal
@@ -14,6 +18,7 @@ from evaluation.lemmatizer import load_lemmatizer
 from evaluation.published import PUBLISHED
 from evaluation_parts import CAPTIONS, coco_file, evaluate, make_photos, make_stage1, make_stage2, put, texts_of
 from huggingface_hub import ModelCard
+from lora import LoraCheckpoint, add_lora
 from metrics.caption.scores import caption_scores
 from metrics.vqa_accuracy.scores import vqa_accuracy
 from PIL import Image
@@ -140,6 +145,41 @@ def test_transformers_checkpoint_by_folder_gives_what_the_converted_one_gives(pa
     _, ours = captions(parts, tmp_path / "1", model=model)
     _, theirs = captions(parts, tmp_path / "2", model=tmp_path / "theirs")
     assert texts_of(ours) == texts_of(theirs) and any(texts_of(ours))
+
+
+def test_lora_folder_gives_what_the_merged_model_gives(parts, tmp_path):
+    model = Blip2xForConditionalGeneration.from_pretrained(parts / "opt")
+    processor = Blip2xProcessor.from_pretrained(parts / "opt")
+    add_lora(model, "lm")
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    LoraCheckpoint(model, merged_processor=processor).save_pretrained(tmp_path / "lora")
+    processor.save_pretrained(tmp_path / "lora")
+    _, plain = captions(parts, tmp_path / "1")
+    _, adapted = captions(parts, tmp_path / "2", model=tmp_path / "lora")
+    _, merged = captions(parts, tmp_path / "3", model=tmp_path / "lora" / "merged")
+    assert texts_of(adapted) == texts_of(merged) != texts_of(plain)
+
+
+def test_checkpoint_by_hub_id(parts, tmp_path):
+    """The id is looked up as the hub's client does; what it had downloaded before is found offline."""
+    repository = tmp_path / "home" / "hub" / "models--someone--tiny"
+    shutil.copytree(parts / "opt", repository / "snapshots" / "0123abcd")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    flags = ["--task=caption", f"--data={parts / 'captions.json'}", "--split=all", f"--image_folder={parts / 'photos'}"]
+    flags += ["--max_new_tokens=6", "--num_beams=1", "--java_metrics=false", "--report=false"]
+    script = Path(run_evaluation.__file__)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    for model in ("someone/tiny", str(parts / "opt")):
+        out = tmp_path / Path(model).name
+        command = [sys.executable, str(script), f"--model={model}", *flags, f"--output_dir={out}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    by_id, by_folder = (json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("tiny", "opt"))
+    assert by_id == by_folder and any(texts_of(by_id))
 
 
 def test_prompts_by_language_model_and_checkpoint(parts, tmp_path):

@@ -23,7 +23,7 @@ def load_lemmatizer() -> Callable[[str], str]:
         lemmatizer = WordNetLemmatizer()
         try:
             lemmatizer.lemmatize("dogs")
-        except LookupError:
+        except (LookupError, OSError):
             pass  # its WordNet is not there
         else:
             return lambda text: " ".join(base_form(lemmatizer, word) for word in text.split())
