@@ -27,9 +27,26 @@ def _text_of(content) -> str:
     return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
 
 
-def ask(question: str, messages: list[dict]):
+class Visit:
+    """What a visitor's page waits for: the question whose answer may go into the chat, None after Clear.
+
+    Clear cancels the answer, but one that was just sent for is not known to the page yet and cannot be cancelled by it.
+    """
+
+    question: object = None
+
+
+def ask(visit: Visit, question: str, messages: list[dict]):
     """Puts a question into the chat, and empties the box."""
-    return "", [*messages, {"role": "user", "content": check_text(question, "The question")}]
+    asked = {"role": "user", "content": check_text(question, "The question")}
+    visit.question = object()
+    return "", [*messages, asked]
+
+
+def start_anew(visit: Visit):
+    """An empty chat; what is still being said about the old one is not written into it."""
+    visit.question = None
+    return [], ""
 
 
 def undo(messages: list[dict]):
@@ -66,12 +83,15 @@ def build(models: Models, turns: int) -> None:
             yield text
 
     @with_plain_errors
-    def reply(image, messages: list[dict], turns: int, *chosen):
-        if not messages or messages[-1]["role"] != "user":
+    def reply(visit: Visit, image, messages: list[dict], turns: int, *chosen):
+        asked = visit.question
+        if asked is None or not messages or messages[-1]["role"] != "user":
             return
         question, before = _text_of(messages[-1]["content"]), turns_of(messages[:-1])[-MAX_TURNS:]
         told = False
         for text, dropped in _answers(image, question, [list(turn) for turn in before], turns, Settings(*chosen)):
+            if visit.question is not asked:
+                return
             if dropped and not told:
                 told = True
                 gr.Info(LEFT_OUT.format(dropped))
@@ -122,17 +142,18 @@ def build(models: Models, turns: int) -> None:
         gr.Examples(pairs, inputs=[image, box], label="Examples", api_visibility="private")
 
     private = {"api_visibility": "private"}
-    given = [image, chat, remembered, *panel]
-    asked = box.submit(ask, [box, chat], [box, chat], queue=False, **private)
+    visit = gr.State(Visit())  # one a visitor: Gradio copies it
+    given = [visit, image, chat, remembered, *panel]
+    asked = box.submit(ask, [visit, box, chat], [box, chat], queue=False, **private)
     replied = asked.success(reply, given, [chat, note], **private, **MODEL_EVENT)
     again = chat.retry(lambda messages: undo(messages), chat, [box, chat], queue=False, **private)
-    again = again.success(ask, [box, chat], [box, chat], queue=False, **private)
+    again = again.success(ask, [visit, box, chat], [box, chat], queue=False, **private)
     again = again.success(reply, given, [chat, note], **private, **MODEL_EVENT)
     stop.click(None, cancels=[replied, again])
     chat.undo(undo, chat, [box, chat], queue=False, **private)
     # A new picture is a new chat; what is being said about the old one stops.
     for trigger in (clear.click, image.change):
-        trigger(lambda: ([], ""), None, [chat, note], cancels=[replied, again], queue=False, **private)
+        trigger(start_anew, visit, [chat, note], cancels=[replied, again], queue=False, **private)
 
     with gr.Row(visible=False):
         history = gr.JSON([], label="history")

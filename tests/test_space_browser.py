@@ -189,6 +189,27 @@ def test_chat(visit, loaded):
     expect(bot).to_have_count(0)
 
 
+def test_clear_outruns_an_answer_that_the_page_cannot_cancel_yet(visit):
+    """The page learns the number of a request, by which it cancels, only from the server's reply to it."""
+    page = visit()
+    panel = open_tab(page, "Chat")
+    upload(panel, EXAMPLES[0])
+    held = []
+    page.route("**/queue/join*", lambda route: held.append(route))
+    panel.get_by_role("textbox", name="Question").fill("what is it ?")
+    panel.get_by_role("textbox", name="Question").press("Enter")
+    messages = panel.locator(".message")
+    expect(messages.first).to_be_visible()
+    while not held:
+        page.wait_for_timeout(100)
+    panel.get_by_role("button", name="Clear", exact=True).last.click()
+    expect(messages).to_have_count(0)
+    for route in held:  # the request for an answer comes last
+        route.continue_()
+    page.wait_for_timeout(2000)
+    expect(messages).to_have_count(0)
+
+
 def test_match(visit, loaded):
     page = visit()
     panel = open_tab(page, "Match")
