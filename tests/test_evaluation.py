@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -101,7 +103,7 @@ def test_nocaps_by_domain_and_its_test_images(parts, tmp_path):
     expected = caption_scores([texts_of(records)[n] for n in inside], [list(CAPTIONS.values())[n] for n in inside])
     assert metrics["metrics"]["CIDEr_in"] == pytest.approx(100 * expected["CIDEr"])
     assert {"CIDEr", "Bleu_4_near"} <= metrics["metrics"].keys() and "Bleu_4_out" not in metrics["metrics"]
-    assert "CIDEr_near" not in metrics["metrics"] and "single image" in metrics["notes"][0]
+    assert "CIDEr_near" not in metrics["metrics"] and "single image" in " ".join(metrics["notes"])
     content = json.loads(Path(data).read_text())
     del content["annotations"]
     metrics, blind = captions(parts, tmp_path / "test", data=put(tmp_path / "nocaps_test_image_info.json", content))
@@ -278,6 +280,31 @@ def test_a_killed_evaluation_goes_on(parts, tmp_path, monkeypatch, capsys):
     assert captions(parts, tmp_path / "out", max_new_tokens=5, overwrite_output_dir=True)[0]["counts"]["samples"] == 3
 
 
+def test_ctrl_c_says_that_the_same_command_goes_on(parts, tmp_path):
+    script, begun = Path(run_evaluation.__file__), tmp_path / "out" / ".progress" / "results.0.jsonl"
+    flags = ["--task=caption", f"--model={parts / 'opt'}", f"--data={parts / 'captions.json'}", "--split=all"]
+    flags += [f"--image_folder={parts / 'photos'}", "--batch_size=1", "--max_new_tokens=10000"]
+    command = [sys.executable, str(script), *flags, f"--output_dir={tmp_path / 'out'}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        while not begun.parent.exists() and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "The same command goes on" in said and "Traceback" not in said
+
+
+def test_what_cannot_be_compared_is_said(parts, tmp_path):
+    captions_of = {1: ["a red square", "the same text"], 2: ["a green square", "the same text"], 3: ["a blue dog"]}
+    data = coco_file(tmp_path / "captions.json", captions_of)
+    fields = {"model": parts / "stage1", "data": data, "image_folder": parts / "photos", "score_mode": "itc"}
+    metrics, _ = evaluate(tmp_path / "1", task="retrieval", benchmark="coco_retrieval", **fields)
+    assert any(note.startswith("Only 3 images: drawing lots reaches i2t_r1 33") for note in metrics["notes"])
+    assert "Texts that several images have: 1. Finding that of another image counts as wrong." in metrics["notes"]
+    metrics, _ = captions(parts, tmp_path / "2", benchmark="coco_caption")
+    assert "3 samples; the published figures are of 5000. They cannot be compared." in metrics["notes"]
+    assert not any("compared" in note for note in captions(parts, tmp_path / "3")[0]["notes"])
+
+
 def test_one_image_only_has_no_cider(parts, tmp_path):
     metrics, _ = captions(parts, tmp_path, split="all[:1]")
     assert "CIDEr" not in metrics["metrics"] and "single image" in " ".join(metrics["notes"])
@@ -301,7 +328,7 @@ def test_what_is_missing_is_counted_or_an_error(parts, tmp_path):
         model = parts / ("opt" if task == "caption" else "stage1")
         common = {"task": task, "model": model, "max_new_tokens": 6}
         metrics, part = evaluate(tmp_path / task, data=data, **common, **fields)
-        assert metrics["counts"]["skipped"] == 2 and metrics["counts"]["samples"] == 3
+        assert metrics["counts"]["skipped"] == 2 and metrics["counts"]["scored"] == 3
         skipped = json.loads((tmp_path / task / "skipped.json").read_text())
         assert {Path(one["name"]).name for one in skipped} == {"missing.jpg", "broken.jpg"}
         if task == "caption":

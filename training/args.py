@@ -8,12 +8,16 @@ wrong types, values out of range, missing fields) is collected and reported at o
 import argparse
 import difflib
 import json
+import logging
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
+
+# peft imports bitsandbytes where it is installed, which then misses an optional package aloud, whatever the command is.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def parse_arguments(kind: type, argv: list[str]):

@@ -157,13 +157,17 @@ def protocol_of(
         "split": args.split,
         "benchmark": args.benchmark or "none",
         "model": f"{args.model} (stage {checkpoint.stage})",
-        "samples": len(data),
+        "samples": len(data) + len(data.skipped),
         "image_size": f"{height} x {width}",
     }
+    if (height, width) != checkpoint.own_size:
+        protocol["image_size"] += " (the checkpoint's own is {} x {})".format(*checkpoint.own_size)
     if checkpoint.stage == 2:
         protocol["prompt"] = repr(data.prompt)
+    if checkpoint.stage == 1 and args.task != "caption":
+        protocol |= {"clean_captions": args.clean_captions, "max_text_length": args.max_text_length}
     if args.task == "retrieval":
-        protocol |= {"score_mode": args.score_mode, "clean_captions": args.clean_captions}
+        protocol |= {"score_mode": args.score_mode}
         protocol |= {} if args.score_mode == "itc" else {"rerank_k": args.rerank_k}
     elif candidates and checkpoint.stage == 1:
         protocol |= {"classes": len(candidates), "templates": " | ".join(args.templates), "score": "ITC cosine"}
@@ -209,9 +213,8 @@ def finish(
 ) -> None:
     """Write every file and print the figures."""
     output_dir = Path(args.output_dir)
-    write_results(output_dir, args, records, skipped, summary)
+    written = write_results(output_dir, args, records, skipped, summary)
     print(f"\n{table(summary)}")
-    written = [output_dir / "metrics.json"]
     if args.report:
         written += write_report(output_dir, summary, records, data, checkpoint)
     if args.model_card:
@@ -224,3 +227,6 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from what is done.", file=sys.stderr)
+        sys.exit(130)

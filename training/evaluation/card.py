@@ -32,9 +32,21 @@ NOT_FOR = (
     "Not intended for decisions about people, for medical or legal use, or anywhere a wrong description does harm, without an "
     "evaluation on the images it will meet."
 )
+CLASSES = {1: "AutoModelForPreTraining", 2: "AutoModelForImageTextToText"}
+LOADING = """
+```python
+import modeling_blip2x  # pip install blip2x; registers the classes
+from transformers import {name}, AutoProcessor
+
+model = {name}.from_pretrained("{source}")
+processor = AutoProcessor.from_pretrained("{source}")
+```"""
+FAULTS = {
+    1: "It may find likeness where there is none.",
+    2: "It may describe things that are not there, and answers every question, also those that make no sense for the picture.",
+}
 LIMITS = (
-    "It may describe things that are not there, and answers every question, also those that make no sense for the picture. It "
-    "has the biases of what its parts were trained on, of the frozen {parts} as well as of the image-text pairs: it may guess "
+    "{faults} It has the biases of what its parts were trained on, of the frozen {parts} as well as of the image-text pairs: it may guess "
     "gender, age, origin or occupation of people from how they look. Texts are in the language of its training data. The "
     "figures above hold for their data set and protocol alone."
 )
@@ -67,9 +79,10 @@ def new_card(args: EvaluationArguments, summary: dict, checkpoint: Checkpoint) -
         "Parts": parts_table(checkpoint),
         "Training data": args.training_data or recorded_data(Path(args.model)),
         "Figures": "",
-        "Use": f"{USE[checkpoint.stage]} {NOT_FOR}",
-        "Limits and biases": LIMITS.format(parts=" and ".join(parts)),
-        "Licence": f"{args.license} (weights)." if args.license else "Not stated. Pass --license.",
+        "Use": f"{USE[checkpoint.stage]} {NOT_FOR}\n"
+        + LOADING.format(name=CLASSES[checkpoint.stage], source=summary["name"]),
+        "Limits and biases": LIMITS.format(faults=FAULTS[checkpoint.stage], parts=" and ".join(parts)),
+        "Licence": f"{args.license} (weights)." if args.license else "Not stated.",
     }
     headings = re.findall(r"^## (.+)$", TEMPLATE.read_text(encoding="utf-8"), re.MULTILINE)
     body = "\n\n".join(f"## {heading}\n\n{texts[heading]}".strip() for heading in headings)
@@ -124,10 +137,11 @@ def eval_results(args: EvaluationArguments, summary: dict) -> list[EvalResult]:
     return [
         EvalResult(
             task_type=PIPELINES[args.task],
-            dataset_type=args.benchmark or Path(args.data.split(",")[0]).name,
+            dataset_type=Path(args.data.split(",")[0]).name,
             dataset_name=args.benchmark or Path(args.data.split(",")[0]).name,
             dataset_split=args.split,
             metric_type=name,
+            metric_name=f"{name}, {args.score_mode}" if args.task == "retrieval" else None,
             metric_value=round(value, 2),
         )
         for name, value in summary["metrics"].items()
@@ -138,11 +152,13 @@ def eval_results(args: EvaluationArguments, summary: dict) -> list[EvalResult]:
 def put_figures(text: str, summary: dict) -> str:
     """The figures of this evaluation as a part of the section Figures, in the place of an earlier one of its title."""
     title = title_of(summary)
+    if "score_mode" in summary["protocol"]:  # of each mode a part of its own
+        title += f", {summary['protocol']['score_mode']}"
     rows = [f"| {name} | {shown(value)} |" for name, value in summary["metrics"].items() if "/" not in name]
     protocol = ", ".join(
         f"{name} {value}"
         for name, value in summary["protocol"].items()
-        if name not in ("data", "split", "model", "task")
+        if name not in ("data", "split", "model", "task") and (name, value) != ("benchmark", "none")
     )
     part = "\n".join([f"### {title}", "", "| metric | value |", "|---|---|", *rows, "", f"Protocol: {protocol}."])
     before = section(text, "Figures")

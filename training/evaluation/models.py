@@ -1,10 +1,11 @@
 """Checkpoints to evaluate: ours of either stage, and transformers' own BLIP-2, converted in memory."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from capfilt import load_model
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, language_collator
-from inputs import resize_to
+from inputs import output_size, resize_to
 from run import has_other_size
 from transformers import AutoConfig
 
@@ -23,11 +24,15 @@ NEEDS = {  # task: which stage can do it
 
 @dataclass
 class Checkpoint:
-    """A loaded model with its processor; `notes` tell what a conversion left out."""
+    """A loaded model with its processor; `notes` tell what a conversion left out.
+
+    own_size: height and width of the images it was saved for.
+    """
 
     model: Blip2xForPreTraining | Blip2xForConditionalGeneration
     processor: Blip2xProcessor
     notes: list[str]
+    own_size: tuple[int, int]
 
     @property
     def stage(self) -> int:
@@ -49,17 +54,19 @@ def load_checkpoint(source: str, device, image_size: int | None = None) -> Check
     try:
         kind = AutoConfig.from_pretrained(source).model_type
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {source} cannot be loaded: {str(error).splitlines()[0]}") from error
+        missing = "" if Path(source).exists() else "there is no such folder here, and as an id of the hub it "
+        raise ValueError(f"--model {source}: {missing}cannot be loaded: {str(error).splitlines()[0]}") from error
     if kind in ("blip-2", "instructblip"):
         model, processor, notes = load_transformers(source)
         model.to(device)
     else:
         model, processor = load_model(source, device)
         notes = []
+    own_size = output_size(processor.image_processor)
     if image_size is not None:
         resize_to(processor.image_processor, image_size)
     model.config.interpolate_pos_encoding = has_other_size(model, processor)
-    return Checkpoint(model, processor, notes)
+    return Checkpoint(model, processor, notes, own_size)
 
 
 def check_task(args: EvaluationArguments, checkpoint: Checkpoint) -> None:

@@ -127,7 +127,12 @@ def retrieve(
     rankings = {"i2t": cosines, "t2i": cosines}
     if args.score_mode != "itc":
         listed = shortlists(cosines, args.rerank_k)
-        bar = tqdm(total=len(data), desc="re-ranking", disable=not accelerator.is_local_main_process)
+        bar = tqdm(
+            total=len(data),
+            initial=len(journal.results),
+            desc="re-ranking",
+            disable=not accelerator.is_local_main_process,
+        )
 
         def share_and_keep(count: int, batch_size: int, work) -> list:
             def counted(numbers: list[int]) -> list:

@@ -3,6 +3,18 @@
 They hold for the official test data and for the published checkpoints. All are percents, CIDEr up to 1000.
 """
 
+OFFICIAL_SIZE = {  # samples of the official test data: images, of question answering questions
+    "coco_caption": 5000,
+    "nocaps": 4500,
+    "vqav2": 107394,
+    "okvqa": 5046,
+    "gqa": 12578,
+    "flickr30k_retrieval": 1000,
+    "coco_retrieval": 5000,
+    "flickr8k_retrieval": 1000,
+    "flickr8k_caption": 1000,
+}
+
 PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
     "coco_caption": {
         "ViT-g OPT-2.7B, fine-tuned": {"Bleu_4": 43.7, "CIDEr": 145.8},

@@ -34,23 +34,30 @@ def write_json(path: Path, content: object) -> None:
 
 def write_results(
     output_dir: Path, args: EvaluationArguments, records: list[dict], skipped: list[dict], summary: dict
-) -> None:
-    """metrics.json, predictions.json, skipped.json where anything was, and the official file where there is one."""
+) -> list[Path]:
+    """metrics.json, predictions.json, skipped.json where anything was, and the official file where there is one.
+
+    Returns their paths.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "metrics.json", summary)
     write_json(output_dir / "predictions.json", records)
+    written = [output_dir / "metrics.json", output_dir / "predictions.json"]
     (output_dir / "skipped.json").unlink(missing_ok=True)
     if skipped:
         write_json(output_dir / "skipped.json", skipped)
+        written.append(output_dir / "skipped.json")
     official = official_results(args, records)
     if official is not None:
         write_whole(output_dir / official[0], official[1].encode())
+        written.append(output_dir / official[0])
+    return written
 
 
 def table(summary: dict) -> str:
     """The protocol and the figures as lines for the terminal."""
     published = summary["published"]
-    shown = {name: value for name, value in summary["metrics"].items() if "/" not in name}
+    shown = {name: value for name, value in summary["metrics"].items() if not name.startswith("question_type/")}
     lines = [f"{name:<24}{value:>9.2f}" for name, value in shown.items()]
     for model, figures in published.items():
         lines.append(f"published, {model}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))

@@ -14,8 +14,10 @@ from metrics.wups.scores import wups
 from written import ANNOTATORS
 
 from evaluation.fields import EvaluationArguments
+from evaluation.published import OFFICIAL_SIZE, PUBLISHED
 from evaluation.samples import Sample
 
+SMALL_GALLERY = 10  # images of a retrieval below which its figures are luck
 NOCAPS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}
 MAIN = {  # what a report shows first
     "caption": "CIDEr", "vqa_accuracy": "vqa_accuracy", "exact_match": "exact_match", "wups": "wups_0.9",
@@ -40,7 +42,10 @@ def score_captions(records: list[dict], java: bool, notes: list[str]) -> dict[st
             if len(part) == 1:
                 scores.pop("CIDEr")
             figures |= {f"{name}{ending}": value for name, value in scores.items()}
-    notes += dict.fromkeys(str(warning.message) for warning in caught)
+    own = [
+        warning for warning in caught if issubclass(warning.category, UserWarning)
+    ]  # not those of garbage collection
+    notes += dict.fromkeys(str(warning.message) for warning in own)
     if len(records) > 1:
         texts, references = [record["prediction"] for record in records], [record["references"] for record in records]
         for record, score in zip(records, caption_scores_per_image(texts, references)["CIDEr"]):
@@ -151,6 +156,7 @@ def score(
     if not scored:
         notes.append("Nothing is scored: the data has no references. The results file is for the evaluation server.")
         return metrics, ""
+    notes += comparability(args, len(scored))
     if args.task == "caption":
         return score_captions(scored, args.java_metrics, notes), MAIN["caption"] if len(scored) > 1 else "Bleu_4"
     if args.task == "vqa":
@@ -161,12 +167,34 @@ def score(
         return score_classes(scored), MAIN["classification"]
     for record in scored:
         record["score"] = 100.0 / record["rank"]
+    notes += texts_of_several_images(scored)
     return metrics, MAIN["retrieval"]
+
+
+def comparability(args: EvaluationArguments, scored: int) -> list[str]:
+    """What keeps these figures from being read beside the published ones."""
+    if args.task == "retrieval" and scored < SMALL_GALLERY:
+        return [f"Only {scored} images: drawing lots reaches i2t_r1 {100 / scored:.0f}, so these figures say little."]
+    official = OFFICIAL_SIZE.get(args.benchmark)
+    if not PUBLISHED.get(args.benchmark) or scored == official:
+        return []
+    if args.task == "retrieval":
+        return [f"A gallery of {scored} images; the published figures are of {official}. They cannot be compared."]
+    return [f"{scored} samples; the published figures are of {official}. They cannot be compared."]
+
+
+def texts_of_several_images(records: list[dict]) -> list[str]:
+    """A note where texts are equal: retrieval takes that of another image for wrong, as the official figures do."""
+    images = Counter(text for record in records for text in set(record["references"]))
+    shared = sum(count > 1 for count in images.values())
+    if not shared:
+        return []
+    return [f"Texts that several images have: {shared}. Finding that of another image counts as wrong."]
 
 
 def counts(records: list[dict], skipped: list[dict]) -> dict[str, int]:
     seen = Counter(
-        samples=len(records),
+        samples=len(records) + len(skipped),
         scored=sum(bool(record["references"]) for record in records),
         without_reference=sum(not record["references"] for record in records),
         empty_predictions=sum(not record["prediction"].strip() for record in records),

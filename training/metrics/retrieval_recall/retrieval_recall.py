@@ -32,5 +32,9 @@ class RetrievalRecall(evaluate.Metric):
             features=datasets.Features({"scores": datasets.Sequence(datasets.Value("float64"))}),
         )
 
-    def _compute(self, scores: list[list[float]], text_to_image: list[int]) -> dict[str, float]:
+    def _compute(self, scores: list[list[float]], text_to_image: list[int] | None = None) -> dict[str, float]:
+        if text_to_image is None:
+            raise ValueError(
+                "text_to_image is missing: pass compute(scores=N x M, text_to_image=[row of each text's image])."
+            )
         return retrieval_recall(scores, text_to_image)
