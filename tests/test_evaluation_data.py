@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from evaluation.cases import choose_records
 from evaluation.models import load_checkpoint
-from evaluation.report import choose_records
 from evaluation.samples import EvaluationSet
 from evaluation_parts import evaluate, make_photos, make_stage1, make_stage2, put, texts_of
 from metrics.retrieval_recall.scores import recall_at_k
@@ -189,7 +189,7 @@ def test_the_report_shows_the_worst_case_of_different_images():
         for image in range(9)
         for turn in range(2)
     ]
-    sections = choose_records(records)
+    sections = choose_records(records, "vqa")
     assert [record["number"] for record in sections["Worst"]][:2] == [7, 11]
     assert all(record["score"] == 100 for record in sections["Best"])
     for chosen in sections.values():
