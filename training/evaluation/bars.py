@@ -39,7 +39,7 @@ def score_bars(records: list[dict], task: str) -> Bars | None:
         right, wrong = scores.count(100.0), scores.count(0.0)
         title = f"Right {right}, wrong {wrong} of {len(scores)} {UNITS[task]}"
         return Bars(title, "", UNITS[task], [right, wrong], ["good", "bad"], [(0.5, "right"), (1.5, "wrong")])
-    title, across = "Credit of the answers", "credit, percent: 100 where at least four of ten people said so"
+    title, across = "Credit of the answers", "credit in percent: 100 where four people or more said so"
     if len(values) <= FEW:
         tones = ["bad" if value == 0 else "good" if value == 100 else "" for value in values]
         ticks = [(number + 0.5, f"{value:.0f}") for number, value in enumerate(values)]
@@ -64,7 +64,7 @@ def rank_bars(scored: list[dict]) -> Bars:
 
 def caption_bars(scores: list[float]) -> Bars:
     """Captions by their CIDEr, which reaches from 0 to 1000, in steps of a round width."""
-    top = max(max(scores), 10.0)
+    top = max(round(max(scores), 6), 10.0)  # rounding can take the highest above 1000, and into a bin of its own
     width = next(step for step in (1, 2, 5, 10, 20, 50, 100) if step * MOST_BINS >= top or step == 100)
     bins = max(1, -int(-top // width))
     return binned("CIDEr of the captions", "CIDEr of a caption", "captions", scores, float(width), bins)

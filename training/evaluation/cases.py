@@ -34,11 +34,11 @@ def choose_records(records: list[dict], task: str) -> dict[str, list[dict]]:
     """Records to show by title: the best and worst, the first of equals, and evenly spread ones of the others."""
     scored = [record for record in records if "score" in record]
     count = min(EXTREMES, len(scored) // 3)
-    best = sorted((one for one in scored if can_be_best(one, task)), key=lambda record: -record["score"])
+    best = sorted((one for one in scored if can_be_best(one, task)), key=lambda record: -round(record["score"], 6))
     best = of_different_images(best)[:count]
     taken = {record["number"] for record in best}
     worst = (one for one in scored if can_be_worst(one, task) and one["number"] not in taken)
-    worst = of_different_images(sorted(worst, key=lambda record: record["score"]))[:count]
+    worst = of_different_images(sorted(worst, key=lambda record: round(record["score"], 6)))[:count]
     taken |= {record["number"] for record in worst}
     others = [record for record in records if record["number"] not in taken]
     spread = np.unique(np.linspace(0, len(others) - 1, min(SHOWN, len(others))).round().astype(int)) if others else []
@@ -71,7 +71,8 @@ def heading(title: str, chosen: list[dict], records: list[dict], task: str) -> s
         return f"{title}: the {'highest' if title == 'Best' else 'lowest'} CIDEr"
     wanted, named = ("right", RIGHT) if title == "Best" else ("wrong", WRONG)
     total = sum(state(record, task) == wanted for record in records)
-    return f"{title}: {len(chosen)} of {total} {named[task]}"
+    count = f"all {total}" if len(chosen) == total > 1 else f"{len(chosen)} of {total}"
+    return f"{title}: {count} {named[task]}"
 
 
 def score_text(record: dict, task: str) -> str:
@@ -82,7 +83,7 @@ def score_text(record: dict, task: str) -> str:
         text = f"CIDEr {record['score']:.0f}"
     elif task == "retrieval":
         tied = record["rank"] > 1 and not state(record, task)
-        text = f"rank {record['rank']}" + (", tied: the words are its own" if tied else "")
+        text = f"own text at rank {record['rank']}" + (", tied: same words" if tied else "")
     else:
         text = state(record, task) or f"partly right: credit {record['score']:.0f} %"
     own = [f"ITC {record['itc_score']:.0f}"] if "itc_score" in record else []

@@ -1,6 +1,14 @@
 """The figures of an evaluation as a report writes them: names, numbers, and which stand side by side."""
 
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
+NAMES = {
+    "itc_score": "ITC score",
+    "itc_score_references": "ITC score of the references",
+    "vqa_accuracy": "VQA accuracy",
+    "ROUGE_L": "ROUGE-L",
+    "top1": "top 1",
+    "top5": "top 5",
+}
 
 
 def shown(value: float | None) -> str:
@@ -12,7 +20,7 @@ def label(name: str) -> str:
     way, _, rest = name.partition("_")
     if way in DIRECTIONS:
         return f"{DIRECTIONS[way]}, " + (f"R@{rest[1:]}" if rest.startswith("r") else rest.replace("_", " "))
-    return name.replace("_", " ")
+    return NAMES.get(name, name.replace("_", " "))
 
 
 def overall(metrics: dict[str, float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from evaluation.samples import EvaluationSet
 
 COLUMNS, WRAP, LINES = 4, 42, 3
 WIDTH, ROW, LINE = 14.0, 3.5, 0.235  # inches: of the picture, a row of samples, a line of the table
-TABLE, TABLE_WRAP = 5.2, 38  # inches of the table; characters of a published model's name
+TABLE, CHARACTERS = 5.2, 70  # inches of the table; what fits beside one another in it
 MOST_ROWS, MOST_PUBLISHED, MOST_NOTES, MOST_TYPES = 12, 6, 2, 8
 INK, SOFT, RULE, BAR, GOOD, BAD, NOTE = "#1c1d1f", "#5d6168", "#d3d6da", "#3566a8", "#18764a", "#b3372c", "#8a4b00"
 TONES = {"good": GOOD, "bad": BAD, "": BAR}
@@ -39,7 +39,7 @@ def write_picture(
     top = max(3.6, LINE * (len(lines) + 1))
     figure = Figure(figsize=(WIDTH, 0.5 + top + ROW * len(rows)), layout="constrained", facecolor="white")
     figure.get_layout_engine().set(h_pad=0.09)
-    figure.suptitle(title_of(summary), fontsize=15, fontweight="bold", color=INK)
+    figure.suptitle(brief(title_of(summary), 2, 95), fontsize=15, fontweight="bold", color=INK)
     parts = figure.subfigures(1 + len(rows), 1, height_ratios=[top] + [ROW] * len(rows), squeeze=False)[:, 0]
     left, middle, right = parts[0].subfigures(1, 3, width_ratios=[TABLE + 0.4, 4.9, 3.5])
     draw_table(left, lines, top)
@@ -71,14 +71,14 @@ def table_lines(summary: dict) -> list[tuple[str, list[str], str]]:
     if published:
         lines += [("", [], "other"), ("published", [], "head")]
     for model, figures in list(published.items())[:MOST_PUBLISHED]:
-        names = textwrap.wrap(model, TABLE_WRAP if len(figures) == 1 else TABLE_WRAP - 10)
         values = [f"{label(name)}  {shown(value)}" for name, value in figures.items()]
+        names = textwrap.wrap(model, CHARACTERS - max(map(len, values)))
         for number in range(max(len(names), len(values))):
             cells = values[number : number + 1]
             lines.append((names[number] if number < len(names) else "", cells, "other"))
     lines += more(len(published) - MOST_PUBLISHED)
     for note in sorted_notes(summary["notes"])[:MOST_NOTES]:
-        lines += [("", [], "other")] + [(line, [], "note") for line in textwrap.wrap(note, 72, max_lines=5)]
+        lines += [("", [], "other")] + [(line, [], "note") for line in textwrap.wrap(note, CHARACTERS, max_lines=5)]
     return lines
 
 
