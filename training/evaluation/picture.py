@@ -13,11 +13,39 @@ from evaluation.report import title_of
 from evaluation.samples import EvaluationSet
 
 COLUMNS, WRAP, LINES = 4, 42, 3
-WIDTH, ROW, LINE = 14.0, 3.5, 0.235  # inches: of the picture, a row of samples, a line of the table
+WIDTH, PICTURE, LINE = 14.0, 2.3, 0.235  # inches: the report's width, a sample's height, a line of the table
 TABLE, CHARACTERS = 5.2, 70  # inches of the table; what fits beside one another in it
 MOST_ROWS, MOST_PUBLISHED, MOST_NOTES, MOST_TYPES = 12, 6, 2, 8
 INK, SOFT, RULE, BAR, GOOD, BAD, NOTE = "#1c1d1f", "#5d6168", "#d3d6da", "#3566a8", "#18764a", "#b3372c", "#8a4b00"
 TONES = {"good": GOOD, "bad": BAD, "": BAR}
+
+
+class Texts:
+    """What stands above and below a sample's image."""
+
+    def __init__(self, record: dict, task: str):
+        self.question = brief(record.get("question", ""), 2)
+        self.said = brief(record["prediction"] or "(nothing)", LINES, WRAP - 4)
+        self.score, self.tone = score_text(record, task), tone(record, task)
+        references = wanted(record, task)
+        title = "wanted" if len(references) == 1 else f"wanted, 1 of {len(references)}"
+        unbroken = references[0].replace(" ×", "\u00a0×") if references else ""  # a count stays with its answer
+        self.wanted = brief(f"{title}: {unbroken}", 2) if references else ""
+
+
+class Row:
+    """Samples that stand beside one another; `height` in inches, `below` of it for the texts below the images."""
+
+    def __init__(self, title: str, records: list[tuple[dict, Texts]]):
+        self.title, self.records = title, records
+        above = max(inches(texts.question, texts.said) for _, texts in records)
+        self.below = 0.15 + max(inches(texts.score, texts.wanted) for _, texts in records)
+        self.height = (0.4 if title else 0.15) + above + PICTURE + self.below
+
+
+def inches(*texts: str) -> float:
+    """The height of texts over one another."""
+    return sum(0.08 + 0.17 * (text.count("\n") + 1) for text in texts if text)
 
 
 def write_picture(
@@ -30,17 +58,20 @@ def write_picture(
     heat_name: str,
 ) -> Path:
     """Draw it; `sections` are records by their heading, `heat` starts with the mean over the queries."""
+    task = summary["protocol"]["task"]
     rows = [
-        (title if start == 0 else "", chosen[start : start + COLUMNS])
+        Row(title if start == 0 else "", [(one, Texts(one, task)) for one in chosen[start : start + COLUMNS]])
         for title, chosen in sections.items()
         for start in range(0, len(chosen), COLUMNS)
     ]
     lines = table_lines(summary)
     top = max(3.6, LINE * (len(lines) + 1))
-    figure = Figure(figsize=(WIDTH, 0.5 + top + ROW * len(rows)), layout="constrained", facecolor="white")
+    figure = Figure(
+        figsize=(WIDTH, 0.5 + top + sum(row.height for row in rows)), layout="constrained", facecolor="white"
+    )
     figure.get_layout_engine().set(h_pad=0.09)
     figure.suptitle(brief(title_of(summary), 2, 95), fontsize=15, fontweight="bold", color=INK)
-    parts = figure.subfigures(1 + len(rows), 1, height_ratios=[top] + [ROW] * len(rows), squeeze=False)[:, 0]
+    parts = figure.subfigures(1 + len(rows), 1, height_ratios=[top, *[row.height for row in rows]], squeeze=False)[:, 0]
     left, middle, right = parts[0].subfigures(1, 3, width_ratios=[TABLE + 0.4, 4.9, 3.5])
     draw_table(left, lines, top)
     draw_scores(middle, summary, records)
@@ -49,13 +80,8 @@ def write_picture(
         axis.set_axis_off()
         axis.imshow(heat[0][1])
         axis.set_title(f"Where the queries look ({heat[0][0]})\n{brief(heat_name, 1)}", fontsize=10, color=INK)
-    for part, (title, chosen) in zip(parts[1:], rows):
-        part.suptitle(title or " ", fontsize=12, fontweight="bold", color=INK, x=0.01, ha="left")
-        for axis, record in zip(part.subplots(1, COLUMNS, squeeze=False)[0], [*chosen, *[None] * COLUMNS]):
-            if record is None:
-                axis.set_axis_off()
-            else:
-                draw_record(axis, record, data, summary["protocol"]["task"])
+    for part, row in zip(parts[1:], rows):
+        draw_row(part, row, data)
     target = output_dir / "report.png"
     figure.savefig(target, dpi=90)
     return target
@@ -91,13 +117,14 @@ def draw_table(part, lines: list[tuple[str, list[str], str]], height: float) -> 
     axis = part.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
     axis.set(xlim=(-0.25, TABLE + 0.15), ylim=(height, 0))
-    columns = max((len(cells) for _, cells, kind in lines if kind == "head"), default=1)
+    columns = max(len(cells) for _, cells, _ in lines) if lines else 1
+    step = min(1.3, (TABLE - 2.2) / max(1, columns - 1))  # inches between columns, so that names have theirs
     for number, (name, cells, kind) in enumerate(lines):
         y = LINE * (number + 0.5)
         colour = {"head": SOFT, "note": NOTE}.get(kind, INK)
         axis.text(0, y, plain(name), fontsize=9.5, color=colour, va="center")
         for column, cell in enumerate(cells):
-            x = TABLE - 1.3 * (min(columns, len(cells)) - 1 - column)
+            x = TABLE - step * (len(cells) - 1 - column)
             weight = "bold" if column == 0 and kind == "ours" else "normal"
             axis.text(x, y, plain(cell), fontsize=9.5, color=colour, va="center", ha="right", fontweight=weight)
         if kind == "head":
@@ -145,32 +172,26 @@ def clean(axis) -> None:
     axis.spines["bottom"].set_color(RULE)
 
 
-def draw_record(axis, record: dict, data: EvaluationSet, task: str) -> None:
-    """An image; above it question and prediction, below it the score and what was wanted."""
-    image = data.image_of(record["number"])
-    image.thumbnail((420, 420))
-    axis.imshow(image)
-    axis.set(xticks=[], yticks=[], frame_on=False)
-    said = brief(record["prediction"] or "(nothing)", LINES, WRAP - 4)
-    axis.set_title(said, fontsize=9.5, fontweight="bold", color=INK, pad=5)
-    if record.get("question"):
-        above = 7 + 12 * (said.count("\n") + 1)  # points: over the lines of the prediction
-        write_beside(axis, brief(record["question"], 2), 1, above, "bottom")
-    axis.set_xlabel(
-        score_text(record, task), fontsize=8.5, color=TONES[tone(record, task)] if tone(record, task) else INK
-    )
-    references = wanted(record, task)
-    if references:
-        title = "wanted" if len(references) == 1 else f"wanted, 1 of {len(references)}"
-        write_beside(axis, brief(f"{title}: {references[0]}", 2), 0, -18 if score_text(record, task) else -4, "top")
+def draw_row(part, row: Row, data: EvaluationSet) -> None:
+    """The heading over up to four images, each with its texts. Their places are fixed: a row of one looks as a full one."""
+    part.text(0.01, 1 - 0.12 / row.height, plain(row.title), fontsize=12, fontweight="bold", color=INK, va="center")
+    for column, (record, texts) in enumerate(row.records):
+        axis = part.add_axes(((column + 0.05) / COLUMNS, row.below / row.height, 0.9 / COLUMNS, PICTURE / row.height))
+        image = data.image_of(record["number"])
+        image.thumbnail((420, 420))
+        axis.imshow(image)
+        axis.set_axis_off()
+        lines = texts.said.count("\n") + 1
+        write_beside(axis, texts.said, 1, 5, fontsize=9.5, fontweight="bold", color=INK)
+        write_beside(axis, texts.question, 1, 8 + 13.5 * lines, fontsize=8.5, color=SOFT)
+        write_beside(axis, texts.score, 0, 4, fontsize=8.5, color=TONES[texts.tone] if texts.tone else INK)
+        write_beside(axis, texts.wanted, 0, 18 if texts.score else 4, fontsize=8.5, color=SOFT)
 
 
-def write_beside(axis, text: str, side: int, points: int, aligned: str) -> None:
-    """Text above (1) or below (0) an image, so many points away."""
-    axis.annotate(
-        text, (0.5, side), (0, points), "axes fraction", textcoords="offset points", ha="center", va=aligned,
-        fontsize=8.5, color=SOFT,
-    )  # fmt: skip
+def write_beside(axis, text: str, side: int, points: float, **style) -> None:
+    """Text above (1) or below (0) an image, so many points away from it."""
+    place = {"textcoords": "offset points", "ha": "center", "va": "bottom" if side else "top"}
+    axis.annotate(text, (0.5, side), (0, points if side else -points), "axes fraction", **place, **style)
 
 
 def brief(text: str, lines: int, width: int = WRAP) -> str:
