@@ -79,7 +79,8 @@ def test_captions_are_scored_and_written_as_the_official_server_takes_them(parts
     assert metrics["protocol"]["prompt"] == "'a photo of'" and metrics["published"] and "ViT-g OPT-2.7B" in printed
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") >= 4 and 'src="/' not in page and "http" not in page
-    assert "ViT-g OPT-2.7B" in page and "Where the queries look" in page and CAPTIONS[2][0] in page
+    assert "ViT-g OPT-2.7B" in page and "Where the queries look: 00000000000" in page and CAPTIONS[2][0] in page
+    assert 'class="score good"' not in page and 'class="score bad"' not in page  # CIDEr is no matter of right and wrong
     assert Image.open(tmp_path / "out" / "report.png").width > 800
 
 
@@ -98,7 +99,7 @@ def test_texts_are_those_of_the_model_alone(parts, tmp_path):
 def test_nocaps_by_domain_and_its_test_images(parts, tmp_path):
     domains = ["in-domain", "near-domain", "in-domain"]
     data = coco_file(tmp_path / "nocaps_val.json", domain=domains)
-    metrics, records = captions(parts, tmp_path / "out", data=data, benchmark="nocaps")
+    metrics, records = captions(parts, tmp_path / "out", data=data, benchmark="nocaps", report=True)
     inside = [0, 2]
     expected = caption_scores([texts_of(records)[n] for n in inside], [list(CAPTIONS.values())[n] for n in inside])
     assert metrics["metrics"]["CIDEr_in"] == pytest.approx(100 * expected["CIDEr"])
@@ -301,8 +302,8 @@ def test_what_cannot_be_compared_is_said(parts, tmp_path):
     assert any(note.startswith("Only 3 images: drawing lots reaches i2t_r1 33") for note in metrics["notes"])
     assert "Texts that several images have: 1. Finding that of another image counts as wrong." in metrics["notes"]
     metrics, _ = captions(parts, tmp_path / "2", benchmark="coco_caption")
-    assert "3 samples; the published figures are of 5000. They cannot be compared." in metrics["notes"]
-    assert not any("compared" in note for note in captions(parts, tmp_path / "3")[0]["notes"])
+    assert "3 samples; the published figures are of 5000: not comparable." in metrics["notes"]
+    assert not any("comparable" in note for note in captions(parts, tmp_path / "3")[0]["notes"])
 
 
 def test_one_image_only_has_no_cider(parts, tmp_path):
@@ -407,7 +408,13 @@ def test_vqa_accuracy_by_type(parts, tmp_path):
     asked = [(1, "what colour ?", 10), (2, "how many ?", 20), (3, "is it a dog ?", 30)]
     questions = {"questions": [{"image_id": i, "question": q, "question_id": n} for i, q, n in asked]}
     questions |= {"data_subtype": "val2014"}
-    model = {"task": "vqa", "model": parts / "opt", "image_folder": parts / "photos", "max_new_tokens": 2}
+    model = {
+        "task": "vqa",
+        "model": parts / "opt",
+        "image_folder": parts / "photos",
+        "max_new_tokens": 2,
+        "report": True,
+    }
     alone = put(tmp_path / "questions.json", questions)
     metrics, blind = evaluate(tmp_path / "test-dev", data=alone, benchmark="vqav2", **model)
     assert not metrics["metrics"] and metrics["counts"]["without_reference"] == 3
@@ -427,3 +434,8 @@ def test_vqa_accuracy_by_type(parts, tmp_path):
     assert texts_of(records) == texts_of(blind)
     assert metrics["metrics"]["vqa_accuracy"] == pytest.approx(vqa_accuracy(texts_of(records), answers)["overall"])
     assert metrics["metrics"]["question_type/how"] == 0 and metrics["metrics"]["question_type/is"] == 100
+    page = (tmp_path / "val" / "report.html").read_text()
+    assert "By question type" in page and "other ×10" in page and f"other ×6, {texts_of(records)[0]} ×4" in page
+    assert (
+        "Right 2, wrong 1 of 3 answers" in page and "Right" not in (tmp_path / "test-dev" / "report.html").read_text()
+    )

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from evaluation.bars import score_bars, type_bars
+from evaluation.cases import choose_records, heading, score_text, tone, wanted
+from evaluation.figures import figure_table
 from evaluation.models import load_checkpoint
-from evaluation.report import choose_records
 from evaluation.samples import EvaluationSet
 from evaluation_parts import evaluate, make_photos, make_stage1, make_stage2, put, texts_of
 from metrics.retrieval_recall.scores import recall_at_k
@@ -189,10 +191,87 @@ def test_the_report_shows_the_worst_case_of_different_images():
         for image in range(9)
         for turn in range(2)
     ]
-    sections = choose_records(records)
+    sections = choose_records(records, "vqa")
     assert [record["number"] for record in sections["Worst"]][:2] == [7, 11]
     assert all(record["score"] == 100 for record in sections["Best"])
     for chosen in sections.values():
         assert len({record["number"] for record in chosen}) == len(chosen)
     for title in ("Best", "Worst"):
         assert len({record["image_id"] for record in sections[title]}) == len(sections[title])
+
+
+def ranked(*ranks: int) -> list[dict]:
+    """Records of retrieval: each image's own text is called by its number, and found first where the rank is 1."""
+    return [
+        {"number": n, "image_id": n, "rank": rank, "score": 100 / rank, "references": [f"text {n}"]}
+        | {"prediction": f"text {n}" if rank == 1 else "another"}
+        for n, rank in enumerate(ranks)
+    ]
+
+
+def test_the_report_counts_ranks():
+    bars = score_bars(ranked(1, 1, 1, 2, 3, 4, 5, 6, 10, 11, 40), "retrieval")
+    assert [label for _, label in bars.ticks] == ["1", "2", "3", "4-5", "6-10", ">10"]
+    assert bars.counts == [3, 1, 1, 2, 2, 2] and bars.tones == ["good", "", "", "", "", ""] and not bars.note
+
+
+def test_a_text_that_is_word_for_word_the_images_own_is_no_bad_case():
+    records = ranked(1, 1, 1, 1, 1, 1, 2, 5, 3)
+    records[7]["prediction"] = "text 7"
+    sections = choose_records(records, "retrieval")
+    assert [record["number"] for record in sections["Worst"]] == [8, 6]
+    assert score_text(records[7], "retrieval") == "own text at rank 5, tied: same words"
+    assert [tone(records[n], "retrieval") for n in (0, 7, 8)] == ["good", "", ""]
+    bars = score_bars(records, "retrieval")
+    assert bars.counts == [6, 1, 1, 1, 0, 0] and bars.note.startswith("1 of the 3 images beyond rank 1")
+
+
+def test_worst_are_wrong_ones_alone():
+    answers = [{"number": n, "image_id": n, "score": 0.0 if n in (4, 9, 11) else 100.0} for n in range(30)]
+    sections = choose_records(answers, "classification")
+    assert [record["number"] for record in sections["Worst"]] == [4, 9, 11]
+    assert heading("Worst", sections["Worst"], answers, "classification") == "Worst: all 3 images in a wrong class"
+    assert heading("Best", sections["Best"], answers, "classification").startswith("Best: 4 of 27 ")
+    assert "Worst" not in choose_records(answers[12:], "classification")
+    captions = [
+        {"number": n, "image_id": n, "score": 10.0 * n, "prediction": f"{n}", "references": ["0", "x"]}
+        for n in range(9)
+    ]
+    assert [record["number"] for record in choose_records(captions, "caption")["Worst"]] == [1, 2, 3]
+
+
+def test_right_or_wrong_has_two_bars_and_credit_one_for_each_value():
+    records = [{"score": score, "groups": {"question_type": kind}} for score, kind in ((100.0, "is"), (0.0, "how"))]
+    records += records[:1] * 3
+    bars = score_bars(records, "vqa")
+    assert bars.counts == [4, 1] and bars.tones == ["good", "bad"] and bars.title == "Right 4, wrong 1 of 5 answers"
+    types = type_bars({"exact_match": 80.0, "question_type/how": 0.0, "question_type/is": 100.0}, records)
+    assert types == {"question_type": [("is", 100.0, 4), ("how", 0.0, 1)]}
+    bars = score_bars([*records, {"score": 30.0}, {"score": 60.0}, {"score": 30.0}], "vqa")
+    assert bars.counts == [1, 2, 1, 4] and [label for _, label in bars.ticks] == ["0", "30", "60", "100"]
+    bars = score_bars([{"score": score} for score in (0.0, 99.9, 250.0, 1000.0000001)], "caption")
+    assert (
+        bars.counts == [2, 0, 1, 0, 0, 0, 0, 0, 0, 1] and bars.ticks[-1] == (10.0, "1000") and set(bars.tones) == {""}
+    )
+    assert score_bars([{"prediction": "blind"}], "vqa") is None
+
+
+def test_answers_of_many_people_are_counted():
+    assert wanted({"references": ["no"] * 7 + ["blue"] * 3}, "vqa") == ["no ×7, blue ×3"]
+    assert wanted({"references": ["cup", "stand"]}, "vqa") == ["cup", "stand"]
+    assert wanted({"references": ["a dog", "a dog"]}, "caption") == ["a dog"]
+
+
+def test_figures_of_several_rankings_stand_side_by_side():
+    figures = {f"{way}_{name}": 50.0 for way in ("i2t", "t2i") for name in ("r1", "r5", "r10", "median_rank")}
+    summary = {"metrics": figures, "protocol": {"task": "retrieval", "score_mode": "itc"}}
+    heads, rows = figure_table(summary)
+    assert heads == ["ITC"] and len(rows) == 8 and rows[0] == ("image to text, R@1", ["50.0"])
+    summary["metrics"] = figures | {f"{name}_itc": 40.0 for name in figures}
+    summary["protocol"]["score_mode"] = "itm"
+    heads, rows = figure_table(summary)
+    assert heads == ["re-ranked (itm)", "ITC alone"] and [cells for _, cells in rows] == [["50.0", "40.0"]] * 8
+    domains = {"Bleu_4": 1.0, "CIDEr": 2.0, "Bleu_4_in": 3.0, "CIDEr_in": 4.0, "Bleu_4_out": 5.0, "itc_score": 6.0}
+    heads, rows = figure_table({"metrics": domains, "protocol": {"task": "caption"}})
+    assert heads == ["overall", "in", "out"] and dict(rows)["CIDEr"] == ["2.0", "4.0", ""]
+    assert dict(rows)["ITC score"] == ["6.0", "", ""]

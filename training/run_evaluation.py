@@ -29,7 +29,7 @@ from evaluation.lemmatizer import load_lemmatizer
 from evaluation.models import Checkpoint, check_task, load_checkpoint
 from evaluation.predict import Predictions, choose, drop_unreadable, retrieve, write_texts
 from evaluation.published import PUBLISHED
-from evaluation.report import FIXED_SCALE, SCORE_NAMES, write_report
+from evaluation.report import write_report
 from evaluation.results import table, write_results
 from evaluation.samples import EvaluationSet
 from evaluation.scoring import counts, make_records, score
@@ -77,8 +77,6 @@ def main(argv: list[str] | None = None) -> None:
             "published": PUBLISHED.get(args.benchmark, {}),
             "counts": counts(records, skipped),
             "notes": notes,
-            "score_name": SCORE_NAMES[args.task],
-            "middle_score": 50.0 if args.task in FIXED_SCALE else metrics.get(main_metric, 0.0),
             "seconds": round(time.perf_counter() - started, 1),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }

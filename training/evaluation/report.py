@@ -10,87 +10,67 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
 from evaluation.attention import overlay, query_maps, seen_picture
+from evaluation.bars import Bars, score_bars, type_bars
+from evaluation.cases import REFERENCES, choose_records, heading, image_label, score_text, tone, wanted
+from evaluation.figures import figure_table, label, overall, published_figures, shown, sorted_notes
 from evaluation.models import Checkpoint
 from evaluation.samples import EvaluationSet
 
-SHOWN, EXTREMES, REFERENCES, QUERIES = 8, 4, 5, 8
+QUERIES = 8
 PICTURE_SIDE = 320  # pixels of an embedded image
-BINS = 10
-SCORE_NAMES = {
-    "caption": "CIDEr of a caption",
-    "vqa": "credit of an answer, percent",
-    "retrieval": "100 / rank of an image's best own text",
-    "classification": "right (100) or wrong (0)",
-}
-SHORT_NAMES = {"caption": "CIDEr", "vqa": "credit", "classification": "credit"}
 TITLES = {"caption": "Captions", "vqa": "Answers", "retrieval": "Retrieval", "classification": "Classes"}
-FIXED_SCALE = ("vqa", "retrieval", "classification")  # scores from 0 to 100
+DRAWING, BASE, HIGHEST = 600, 190, 150  # of the page's bars: their width, where they stand, the highest one
 
 
 def write_report(
     output_dir: Path, summary: dict, records: list[dict], data: EvaluationSet, checkpoint: Checkpoint
 ) -> list[Path]:
     """Write both; returns their paths."""
-    sections = choose_records(records)
-    heat = heat_maps(records, data, checkpoint) if records else []
+    task = summary["protocol"]["task"]
+    sections = {
+        heading(title, chosen, records, task): chosen for title, chosen in choose_records(records, task).items()
+    }
+    looked_at = next(iter(sections.values()))[0] if sections else None
+    heat = heat_maps(looked_at, data, checkpoint) if looked_at else []
+    heat_name = name_of(looked_at, data) if looked_at else ""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     page = environment.get_template("report.html.jinja").render(
         **page_values(summary, records),
         sections=[
-            {"title": title, "cards": [card_of(record, data, summary) for record in chosen]}
+            {"title": title, "cards": [card_of(record, data, task) for record in chosen]}
             for title, chosen in sections.items()
         ],
         heat=[{"name": name, "source": embedded(picture)} for name, picture in heat],
+        heat_name=heat_name,
+        heat_question=looked_at.get("question", "") if looked_at else "",
     )
     write_whole(output_dir / "report.html", page.encode())
     from evaluation.picture import write_picture  # matplotlib takes a second to import
 
-    return [output_dir / "report.html", write_picture(output_dir, summary, records, sections, data, heat)]
-
-
-def choose_records(records: list[dict]) -> dict[str, list[dict]]:
-    """Records to show by title: the best and worst, the first of equals, and evenly spread ones of the others."""
-    ordered = sorted((record for record in records if "score" in record), key=lambda record: record["score"])
-    count = min(EXTREMES, len(ordered) // 3)
-    best = of_different_images(sorted(ordered, key=lambda record: -record["score"]))[:count]
-    worst = of_different_images(ordered)[:count]
-    taken = {record["number"] for record in best + worst}
-    others = [record for record in records if record["number"] not in taken]
-    spread = np.unique(np.linspace(0, len(others) - 1, min(SHOWN, len(others))).round().astype(int)) if others else []
-    sections = {"Evenly spread": [others[number] for number in spread], "Best": best, "Worst": worst}
-    return {title: chosen for title, chosen in sections.items() if chosen}
-
-
-def of_different_images(records: list[dict]) -> list[dict]:
-    """The first record of each image, in order."""
-    first = {}
-    for record in records:
-        first.setdefault(record["image_id"], record)
-    return list(first.values())
+    return [output_dir / "report.html", write_picture(output_dir, summary, records, sections, data, heat, heat_name)]
 
 
 def page_values(summary: dict, records: list[dict]) -> dict:
     """What the page's template names, but for pictures."""
-    metrics, published = summary["metrics"], summary["published"]
-    plain = {name: value for name, value in metrics.items() if "/" not in name}
-    columns = [name for name in plain if any(name in figures for figures in published.values())]
-    rows = {"this evaluation": metrics, **published}
+    metrics, published = overall(summary["metrics"]), published_figures(summary)
+    columns = [name for name in metrics if any(name in figures for figures in published.values())]
+    heads, rows = figure_table(summary)
+    bars = score_bars(records, summary["protocol"]["task"])
+    main = label(summary["main_metric"])
     return {
         "title": title_of(summary),
         "counts": counted(summary["counts"]),
-        "notes": summary["notes"],
-        "figures": [
-            {"name": name.replace("_", " "), "value": shown(value), "main": name == summary["main_metric"]}
-            for name, value in plain.items()
-        ],
-        "columns": columns,
+        "notes": sorted_notes(summary["notes"]),
+        "heads": heads,
+        "figures": [{"name": name, "cells": cells, "main": name == main} for name, cells in rows],
+        "columns": [label(name) for name in columns],
         "published": [
             {"name": name, "ours": figures is metrics, "cells": [shown(figures.get(c)) for c in columns]}
-            for name, figures in (rows if columns else {}).items()
+            for name, figures in ({"this evaluation": metrics, **published} if published else {}).items()
         ],
-        "by_type": [(name, shown(value)) for name, value in metrics.items() if "/" in name],
+        "types": {label(kind): types for kind, types in type_bars(summary["metrics"], records).items()},
         "protocol": [(name.replace("_", " "), value) for name, value in summary["protocol"].items()],
-        "histogram": histogram_of(summary, records),
+        "bars": bars and drawing_of(bars),
     }
 
 
@@ -108,28 +88,22 @@ def counted(counts: dict[str, int]) -> str:
     )
 
 
-def shown(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}"
+def name_of(record: dict, data: EvaluationSet) -> str:
+    return image_label(record, data.samples[record["number"]].row)
 
 
-def card_of(record: dict, data: EvaluationSet, summary: dict) -> dict:
+def card_of(record: dict, data: EvaluationSet, task: str) -> dict:
     """What a card shows of a record."""
-    score, text = record.get("score"), ""
-    if "rank" in record:
-        text = f"rank {record['rank']}"
-    elif score is not None:
-        text = f"{SHORT_NAMES[summary['protocol']['task']]} {score:.0f}"
-    if "itc_score" in record:
-        text += f", ITC {record['itc_score']:.0f}"
-    tone = "" if score is None else "good" if score >= summary["middle_score"] else "bad"
+    references = wanted(record, task)
     return {
         "source": embedded(data.image_of(record["number"])),
-        "name": record["image"],
+        "name": name_of(record, data),
         "question": record.get("question", ""),
         "said": record["prediction"] or "(nothing)",
-        "score": text,
-        "tone": tone,
-        "references": list(dict.fromkeys(record["references"]))[:REFERENCES],
+        "score": score_text(record, task),
+        "tone": tone(record, task),
+        "references": references[:REFERENCES],
+        "more": max(0, len(references) - REFERENCES),
     }
 
 
@@ -142,39 +116,29 @@ def embedded(image: Image.Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def bins_of(summary: dict, records: list[dict]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Counts and edges of the scores' histogram; None without scores."""
-    scores = [record["score"] for record in records if "score" in record]
-    if not scores:
-        return None
-    top = 100.0 if summary["protocol"]["task"] in FIXED_SCALE else max(max(scores), 1.0)
-    return np.histogram(np.clip(scores, 0, top), bins=BINS, range=(0, top))
+def drawing_of(bars: Bars) -> dict:
+    """Bars and ticks of the page's drawing, 640 x 240."""
+    step = min(DRAWING / len(bars.counts), 110)
+    drawn = []
+    for number, (count, colour) in enumerate(zip(bars.counts, bars.tones)):
+        height = round(HIGHEST * count / max(*bars.counts, 1), 1)
+        place = {"x": 20 + step * number + 2, "y": BASE - height, "width": step - 4, "height": height}
+        drawn.append(place | {"count": count, "tone": colour})
+    ticks = [{"x": 20 + step * place, "label": text} for place, text in bars.ticks]
+    width = step * len(bars.counts)
+    return {"title": bars.title, "across": bars.across, "up": bars.up, "note": bars.note, "width": width} | {
+        "drawn": drawn,
+        "ticks": ticks,
+    }
 
 
-def histogram_of(summary: dict, records: list[dict]) -> dict | None:
-    """Bars and ticks of the page's drawing, 640 x 220."""
-    found = bins_of(summary, records)
-    if found is None:
-        return None
-    heights, edges = found
-    bars = []
-    for number, count in enumerate(heights.tolist()):
-        height = round(150 * count / max(heights.max(), 1), 1)
-        label = f"{count} from {edges[number]:.0f} to {edges[number + 1]:.0f}"
-        bars.append(
-            {"x": 22 + 60 * number, "y": 190 - height, "width": 56, "height": height, "count": count, "label": label}
-        )
-    ticks = [{"x": 20 + 60 * number, "label": f"{edge:.0f}"} for number, edge in enumerate(edges)]
-    return {"title": summary["score_name"], "bars": bars, "ticks": ticks}
-
-
-def heat_maps(records: list[dict], data: EvaluationSet, checkpoint: Checkpoint) -> list[tuple[str, Image.Image]]:
-    """The first shown image under the queries' mean attention, and under that of single queries."""
-    item = data[0, records[0]["number"]]
+def heat_maps(record: dict, data: EvaluationSet, checkpoint: Checkpoint) -> list[tuple[str, Image.Image]]:
+    """A record's image under the queries' mean attention, as it is, and under the attention of single queries."""
+    item = data[0, record["number"]]
     maps = query_maps(checkpoint, item)
     if maps is None:
         return []
     picture = seen_picture(checkpoint, item["image"])
     chosen = np.unique(np.linspace(0, len(maps) - 1, min(QUERIES, len(maps))).round().astype(int))
     single = [(f"query {number}", overlay(picture, maps[number])) for number in chosen]
-    return [(f"mean of {len(maps)} queries", overlay(picture, maps.mean(0))), *single]
+    return [(f"mean of {len(maps)} queries", overlay(picture, maps.mean(0))), ("the image", picture), *single]

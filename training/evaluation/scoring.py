@@ -174,13 +174,15 @@ def score(
 def comparability(args: EvaluationArguments, scored: int) -> list[str]:
     """What keeps these figures from being read beside the published ones."""
     if args.task == "retrieval" and scored < SMALL_GALLERY:
-        return [f"Only {scored} images: drawing lots reaches i2t_r1 {100 / scored:.0f}, so these figures say little."]
+        return [
+            f"Only {scored} images: drawing lots reaches i2t_r1 {100 / scored:.0f}, not comparable with published figures."
+        ]
     official = OFFICIAL_SIZE.get(args.benchmark)
     if not PUBLISHED.get(args.benchmark) or scored == official:
         return []
     if args.task == "retrieval":
-        return [f"A gallery of {scored} images; the published figures are of {official}. They cannot be compared."]
-    return [f"{scored} samples; the published figures are of {official}. They cannot be compared."]
+        return [f"A gallery of {scored} images; the published figures are of {official}: not comparable."]
+    return [f"{scored} samples; the published figures are of {official}: not comparable."]
 
 
 def texts_of_several_images(records: list[dict]) -> list[str]:
