@@ -21,6 +21,8 @@ import transformers
 
 ROOT = Path(__file__).parent.parent
 SUITES = {  # name -> module with run(device) -> rows
+    "stage1_step": "stage1_step",
+    "flop_rate": "flop_rate",
     "feature_cache": "feature_cache",
 }
 
