@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 SUITES = {  # name -> module with run(device) -> rows
     "stage1_step": "stage1_step",
     "flop_rate": "flop_rate",
+    "stage2_step": "stage2_step",
     "feature_cache": "feature_cache",
 }
 

@@ -7,7 +7,7 @@ has warmed up the same code.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from measure import Row, alternating_seconds, faster, square_products
@@ -61,7 +61,7 @@ def timed(device: str, dtype: str, rows: int) -> Timing:
         check_losses(model, batch)
     model.train()
     product, product_flops = square_products(device, dtype)
-    steps = {name: lambda losses=losses: step(model, losses, batch, dtype) for name, losses in ALGORITHMS.items()}
+    steps = {name: partial(step, model, losses, batch, dtype) for name, losses in ALGORITHMS.items()}
     large_on_cpu = device == "cpu" and rows > min(BATCHES)
     repeats, warmup = (1, 0) if large_on_cpu else (3, 1)
     seconds = alternating_seconds(steps | {"product": product}, device, repeats, warmup)
