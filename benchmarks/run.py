@@ -25,6 +25,7 @@ SUITES = {  # name -> module with run(device) -> rows
     "flop_rate": "flop_rate",
     "stage2_step": "stage2_step",
     "feature_cache": "feature_cache",
+    "growth": "growth",
 }
 
 

@@ -231,6 +231,9 @@ class QFormer(PreTrainedModel):
 
     def image_key_values(self, image_embeds: torch.Tensor) -> tuple[KeyValues | None, ...]:
         """image_embeds (B, N, D) -> keys and values of each layer's cross-attention, None where a layer has none."""
+        device = image_embeds.device.type
+        if torch.is_autocast_enabled(device):  # one copy for all layers; autocast would make, and keep, one for each
+            image_embeds = image_embeds.to(torch.get_autocast_dtype(device))
         return tuple(
             layer.crossattention.key_values(image_embeds) if layer.crossattention is not None else None
             for layer in self.layers
