@@ -48,10 +48,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention that also returns its weights. attention_mask: boolean, True where attention is allowed."""
-    scores = query @ key.transpose(-1, -2) * scaling
+    scores = (query * scaling) @ key.transpose(-1, -2)  # there are fewer queries than scores
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)  # sums in float32 whatever the dtype
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
@@ -154,15 +154,18 @@ class QFormerLayer(GradientCheckpointingLayer):
         seen = keys, values
         if prefix_keys is not None:
             seen = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
-        hidden, weights = self.attention(hidden[:, :num_outputs], seen, mask, return_weights)
+        if num_outputs is not None:
+            hidden = hidden[:, :num_outputs]
+        hidden, weights = self.attention(hidden, seen, mask, return_weights)
 
-        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        # split, not slices: the backward of a slice fills the rest with zeros, and both are added
+        queries, text = hidden.split([num_queries, hidden.shape[1] - num_queries], dim=1)
         cross_weights, parts = None, []
         if num_queries:
             if self.crossattention is not None:
                 queries, cross_weights = self.crossattention(queries, (image_keys, image_values), None, return_weights)
             parts.append(self.query_feed_forward(queries))
-        if hidden.shape[1] > num_queries:
+        if text.shape[1]:
             parts.append(self.text_feed_forward(text))
         hidden = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return hidden, keys, values, weights, cross_weights
