@@ -117,7 +117,7 @@ def check_losses(ours: torch.nn.Module, theirs: torch.nn.Module, batch: dict[str
     """Print how far the losses are apart, and stop where that is more than 1e-4."""
     losses = [model.eval()(**batch).loss.item() for model in (ours, theirs)]
     print(f"stage-2 losses: {losses[0]:.6f}, transformers {losses[1]:.6f}", flush=True)
-    if abs(losses[0] - losses[1]) > 1e-4:
+    if not abs(losses[0] - losses[1]) <= 1e-4:
         raise RuntimeError("The losses of the two models differ.")
 
 
