@@ -98,7 +98,7 @@ class QFormerAttention(nn.Module):
 
     def attention_function(self, queries: torch.Tensor) -> Callable:
         # On a CPU torch's sdpa has no kernel with dropout (what it does instead takes 1.1 times as long as the plain
-        # formula in float32, 1.5 times in bfloat16), and its backward of bfloat16 is 2 to 15 times slower.
+        # formula in float32, 1.5 times in bfloat16), and its backward of bfloat16 is 1.3 to 20 times slower.
         drops = self.training and self.config.attention_probs_dropout_prob > 0
         if queries.device.type == "cpu" and queries.requires_grad and (drops or queries.dtype == torch.bfloat16):
             return eager_attention_forward
