@@ -1,7 +1,4 @@
-"""What feature_cache.py times: stage-1 steps of training with and without a cache, and the writing of one.
-
-Imported by it once training/ is on the path.
-"""
+"""What feature_cache.py times: stage-1 steps of training with and without a cache, and the writing of one."""
 
 import json
 import os
@@ -52,15 +49,15 @@ def write_cache(tower_folder: Path, dataset: Path, cache: Path, model, image_pro
     cache.mkdir()
     cache_features.begin(split, cache)
     views = cache_features.Views(split.images, image_processor, 1, 0)
-    start, busy = time.perf_counter(), time.process_time()
+    start = time.perf_counter()
     for shard in split.missing:
         cache_features.write_shard(
             split, shard, views, tower, layer, cache, {"batch_size": batch_size, "num_workers": 0}
         )
-    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    seconds = time.perf_counter() - start
     os.replace(cache / "train.json.begun", cache / "train.json")
     written = sum(path.stat().st_size for path in cache.glob("*.npy"))
-    return {"images": len(split.images), "seconds": seconds, "busy": busy, "bytes": written}
+    return {"images": len(split.images), "seconds": seconds, "bytes": written}
 
 
 def measure(
@@ -70,12 +67,12 @@ def measure(
     num_query_tokens: int,
     batch_size: int,
     *,
+    device: str,
     steps: int,
     warmup: int,
     bf16: bool,
 ) -> dict:
-    """Medians in seconds of data, step and CPU time with and without a cache, and the cost of writing it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Medians in seconds of data and step with and without a cache, and the cost of writing it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         dataset = write_images(folder / "data", 2 * batch_size)
@@ -117,10 +114,10 @@ def measure(
             with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
                 losses[kind] = model(**{k: v.to(device) for k, v in batch.items()}, negative_seed=0).loss.item()
         model.train()
-        seconds = {kind: {"data": [], "step": [], "busy": []} for kind in loaders}
+        seconds = {kind: {"data": [], "step": []} for kind in loaders}
         for number in range(warmup + steps):
             for kind, batches in loaders.items():
-                start, busy = time.perf_counter(), time.process_time()
+                start = time.perf_counter()
                 batch = {key: value.to(device) for key, value in next(batches).items()}
                 loaded = time.perf_counter()
                 with torch.autocast(device, torch.bfloat16, enabled=bf16):
@@ -133,6 +130,5 @@ def measure(
                 if number >= warmup:
                     seconds[kind]["data"].append(loaded - start)
                     seconds[kind]["step"].append(time.perf_counter() - start)
-                    seconds[kind]["busy"].append(time.process_time() - busy)
     medians = {k: {part: statistics.median(values) for part, values in v.items()} for k, v in seconds.items()}
-    return {"device": device, "losses": losses, "writing": writing, **medians}
+    return {"losses": losses, "writing": writing, **medians}

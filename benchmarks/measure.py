@@ -49,6 +49,18 @@ def alternating_seconds(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def square_products(device: str, dtype: str, side: int = 2048) -> tuple[Callable[[], None], int]:
+    """A function that multiplies (side, side) matrices again and again for about a second, and its FLOPs."""
+    left, right = (torch.randn(side, side, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    times = 1000 if device == "cuda" else 10
+
+    def products() -> None:
+        for _ in range(times):
+            left @ right
+
+    return products, times * 2 * side**3
+
+
 def faster(suite: str, case: str, device: str, dtype: str, ours: float, baseline: float, unit: str, aim: float | None):
     """Row of two costs (seconds, bytes, FLOPs): less is better, the ratio is baseline / ours."""
     ratio = baseline / ours

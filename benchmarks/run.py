@@ -21,7 +21,11 @@ import transformers
 
 ROOT = Path(__file__).parent.parent
 SUITES = {  # name -> module with run(device) -> rows
+    "stage1_step": "stage1_step",
+    "flop_rate": "flop_rate",
+    "stage2_step": "stage2_step",
     "feature_cache": "feature_cache",
+    "growth": "growth",
 }
 
 

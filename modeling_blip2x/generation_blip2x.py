@@ -46,7 +46,9 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         self.language_model = auto_class.from_config(config.text_config) if language_model is None else language_model
         width = self.language_model.get_input_embeddings().embedding_dim
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
-        self.takes_position_ids = "position_ids" in inspect.signature(self.language_model.forward).parameters
+        accepted = inspect.signature(self.language_model.forward).parameters
+        self.takes_position_ids = "position_ids" in accepted
+        self.takes_logits_to_keep = "logits_to_keep" in accepted
         self.post_init()
 
     @classmethod
@@ -192,6 +194,8 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 positions get logits (0 is all); shift_labels (B, L), targets already aligned with the logits, which
                 then replace labels (sequence-parallel training shifts before it splits).
 
+        While training, logits are those of positions whose next token has a label in any row: (B, positions, vocabulary).
+
         Raises:
             ValueError: image tokens and image features differ in number, naming both.
             TypeError: an argument that this language model does not take.
@@ -245,9 +249,17 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 position_ids = positions_of(attention_mask)
             if position_ids is not None and self.takes_position_ids:
                 options["position_ids"] = position_ids
-            shift_labels = decoder_arguments.get("shift_labels")
+            shift_labels, targets = decoder_arguments.get("shift_labels"), None
             if labels is None and shift_labels is None:
                 options["logits_to_keep"] = decoder_arguments.get("logits_to_keep", 0)
+            elif labels is not None and shift_labels is None:
+                targets = labels[:, 1:]
+                if self.training and self.takes_logits_to_keep:
+                    # The head is the widest layer, and most positions are of the image: no logits that no label needs.
+                    supervised = (targets != -100).any(dim=0).nonzero()[:, 0]
+                    options["logits_to_keep"], targets = supervised, targets[:, supervised]
+            if self.training:
+                options.setdefault("use_cache", False)  # nothing goes on from a training step
             with attention_weights_of(self.language_model, output_attentions):
                 out = self.callable_language_model(
                     inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
@@ -256,7 +268,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             if shift_labels is not None:
                 loss = language_modelling_loss(out.logits, shift_labels)
             elif labels is not None:
-                loss = language_modelling_loss(out.logits[:, :-1], labels[:, 1:])
+                loss = language_modelling_loss(out.logits[:, : targets.shape[1]], targets)
         queries = None if image is None else image.qformer_outputs
         output = Blip2xForConditionalGenerationOutput(
             loss=loss,

@@ -253,7 +253,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 
     def _multimodal_queries(self, input_ids: torch.Tensor, mask: torch.Tensor, image: tuple) -> torch.Tensor:
         queries = self.model.query_tokens(len(input_ids))
-        return self.model.qformer.encode_pairs(queries, input_ids, mask, image).hidden[:, : queries.shape[1]]
+        return self.model.qformer.encode_pairs(queries, input_ids, mask, image, num_outputs=queries.shape[1]).hidden
 
     def _itm_logits_of(self, input_ids: torch.Tensor, mask: torch.Tensor, image: tuple) -> torch.Tensor:
         return self.itm_head(self._multimodal_queries(input_ids, mask, image)).mean(dim=1)
@@ -309,9 +309,11 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
     ) -> tuple[torch.Tensor, Blip2xTextFeatures]:
         """Unit-norm features of encoded images (B, Q, P), and those of their texts, which this encodes."""
         images = F.normalize(self.vision_projection(pairs.query_output.hidden), dim=-1)
-        return images, self.get_text_features(
-            pairs.input_ids, pairs.attention_mask, output_attentions, output_hidden_states, return_dict=True
-        )
+        texts = pairs.input_ids, pairs.attention_mask
+        if output_attentions or output_hidden_states:
+            return images, self.get_text_features(*texts, output_attentions, output_hidden_states, return_dict=True)
+        first = self.model.qformer.encode_text(*texts, num_outputs=1).hidden[:, 0]  # all that ITC reads
+        return images, Blip2xTextFeatures(pooler_output=F.normalize(self.text_projection(first), dim=-1))
 
     def compare(
         self,

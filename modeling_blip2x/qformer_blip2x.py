@@ -48,10 +48,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention that also returns its weights. attention_mask: boolean, True where attention is allowed."""
-    scores = query @ key.transpose(-1, -2) * scaling
+    scores = (query * scaling) @ key.transpose(-1, -2)  # there are fewer queries than scores
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)  # sums in float32 whatever the dtype
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
@@ -97,8 +97,10 @@ class QFormerAttention(nn.Module):
         return self.layernorm(hidden + self.dropout(self.dense(context))), weights if return_weights else None
 
     def attention_function(self, queries: torch.Tensor) -> Callable:
-        # torch's sdpa is 5 to 15 times slower than the plain formula in the backward of bfloat16 on a CPU.
-        if queries.requires_grad and queries.dtype == torch.bfloat16 and queries.device.type == "cpu":
+        # On a CPU torch's sdpa has no kernel with dropout (what it does instead takes 1.1 times as long as the plain
+        # formula in float32, 1.5 times in bfloat16), and its backward of bfloat16 is 1.3 to 20 times slower.
+        drops = self.training and self.config.attention_probs_dropout_prob > 0
+        if queries.device.type == "cpu" and queries.requires_grad and (drops or queries.dtype == torch.bfloat16):
             return eager_attention_forward
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
@@ -139,8 +141,11 @@ class QFormerLayer(GradientCheckpointingLayer):
         prefix_keys: torch.Tensor | None,
         prefix_values: torch.Tensor | None,
         return_weights: bool,
+        num_outputs: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """hidden (B, L, H): the first num_queries positions are queries, the rest is text.
+
+        num_outputs: the first positions, to which the output is limited; the others are seen, and go no further.
 
         Returns hidden, own keys and values, and the weights of self- and cross-attention. Keys and values come and go as
         plain tensors, not as pairs: reentrant checkpointing loses the gradient of tensors inside a tuple.
@@ -149,15 +154,18 @@ class QFormerLayer(GradientCheckpointingLayer):
         seen = keys, values
         if prefix_keys is not None:
             seen = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
+        if num_outputs is not None:
+            hidden = hidden[:, :num_outputs]
         hidden, weights = self.attention(hidden, seen, mask, return_weights)
 
-        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        # split, not slices: the backward of a slice fills the rest with zeros, and both are added
+        queries, text = hidden.split([num_queries, hidden.shape[1] - num_queries], dim=1)
         cross_weights, parts = None, []
         if num_queries:
             if self.crossattention is not None:
                 queries, cross_weights = self.crossattention(queries, (image_keys, image_values), None, return_weights)
             parts.append(self.query_feed_forward(queries))
-        if hidden.shape[1] > num_queries:
+        if text.shape[1]:
             parts.append(self.text_feed_forward(text))
         hidden = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return hidden, keys, values, weights, cross_weights
@@ -226,6 +234,9 @@ class QFormer(PreTrainedModel):
 
     def image_key_values(self, image_embeds: torch.Tensor) -> tuple[KeyValues | None, ...]:
         """image_embeds (B, N, D) -> keys and values of each layer's cross-attention, None where a layer has none."""
+        device = image_embeds.device.type
+        if torch.is_autocast_enabled(device):  # one copy for all layers; autocast would make, and keep, one for each
+            image_embeds = image_embeds.to(torch.get_autocast_dtype(device))
         return tuple(
             layer.crossattention.key_values(image_embeds) if layer.crossattention is not None else None
             for layer in self.layers
@@ -239,11 +250,18 @@ class QFormer(PreTrainedModel):
         return self._run(hidden, query_embeds.shape[1], None, image_key_values, None, return_weights)
 
     def encode_text(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, return_weights: bool = False
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        return_weights: bool = False,
+        num_outputs: int | None = None,
     ) -> QFormerOutput:
-        """Unimodal, text side: text (B, L) sees text. attention_mask (B, L), 1 for tokens and 0 for padding."""
+        """Unimodal, text side: text (B, L) sees text. attention_mask (B, L), 1 for tokens and 0 for padding.
+
+        num_outputs: how many first positions are read; the last layer computes no others. All by default.
+        """
         mask = attention_mask[:, None, None, :].bool()
-        return self._run(self._embed(input_ids), 0, mask, None, None, return_weights)
+        return self._run(self._embed(input_ids), 0, mask, None, None, return_weights, num_outputs)
 
     def encode_pairs(
         self,
@@ -252,13 +270,17 @@ class QFormer(PreTrainedModel):
         attention_mask: torch.Tensor,
         image_key_values: tuple[KeyValues | None, ...],
         return_weights: bool = False,
+        num_outputs: int | None = None,
     ) -> QFormerOutput:
-        """Bidirectional: queries and text see each other. Output (B, Q + L, H), queries first."""
+        """Bidirectional: queries and text see each other. Output (B, Q + L, H), queries first.
+
+        num_outputs: how many first positions are read; the last layer computes no others. All by default.
+        """
         num_queries = query_embeds.shape[1]
         hidden = torch.cat([self.dropout(self.layernorm(query_embeds)), self._embed(input_ids)], dim=1)
         queries_seen = attention_mask.new_ones(len(attention_mask), num_queries)
         mask = torch.cat([queries_seen, attention_mask], dim=1)[:, None, None, :].bool()
-        return self._run(hidden, num_queries, mask, image_key_values, None, return_weights)
+        return self._run(hidden, num_queries, mask, image_key_values, None, return_weights, num_outputs)
 
     def decode_text(
         self,
@@ -291,6 +313,7 @@ class QFormer(PreTrainedModel):
         image_key_values: tuple[KeyValues | None, ...] | None,
         prefix: tuple[KeyValues, ...] | None,
         return_weights: bool,
+        num_outputs: int | None = None,
     ) -> QFormerOutput:
         none = (None,) * len(self.layers)
         key_values, hidden_states, attentions, cross_attentions = [], [hidden], [], []
@@ -298,7 +321,15 @@ class QFormer(PreTrainedModel):
             image_keys, image_values = image or (None, None)
             prefix_keys, prefix_values = before or (None, None)
             hidden, keys, values, weights, cross_weights = layer(
-                hidden, num_queries, mask, image_keys, image_values, prefix_keys, prefix_values, return_weights
+                hidden,
+                num_queries,
+                mask,
+                image_keys,
+                image_values,
+                prefix_keys,
+                prefix_values,
+                return_weights,
+                num_outputs if layer is self.layers[-1] else None,
             )
             key_values.append((keys, values))
             hidden_states.append(hidden)

@@ -160,6 +160,27 @@ def test_only_labelled_tokens_are_supervised():
     assert torch.allclose(out.loss, expected)
 
 
+@pytest.mark.parametrize("language_model", ["opt", "llama", "gpt2", "qwen", "t5"])
+def test_training_computes_the_same_loss_from_fewer_logits(language_model):
+    model = stage2(language_model, std=STRONG)
+    model.freeze_unimodal()
+    inputs = prompt(model)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_index, -100)
+    labels[0, -1] = -100
+    losses, gradients, widths = [], [], []
+    for mode in (True, False):
+        for part in model.train(mode).children():
+            part.eval()  # no dropout
+        out = model(**inputs, labels=labels)
+        (gradient,) = torch.autograd.grad(out.loss, [model.language_projection.weight])
+        losses.append(out.loss.detach())
+        gradients.append(gradient)
+        widths.append(out.logits.shape[1])
+    assert torch.allclose(*losses, atol=1e-6) and torch.allclose(*gradients, atol=1e-6)
+    if language_model != "t5":
+        assert widths[0] == (labels[:, 1:] != -100).any(dim=0).sum() < widths[1]
+
+
 @torch.no_grad()
 def test_question_into_the_qformer():
     """On, it changes the query output; off, nothing depends on it."""

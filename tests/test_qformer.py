@@ -115,6 +115,9 @@ def test_flops_of_a_step_are_the_necessary_ones():
     def cross_attention(batch_rows):  # query and output projections, scores and weighted sum
         return batch_rows * (2 * QUERIES * multiply + 2 * 2 * QUERIES * positions * width)
 
+    def unread(batch_rows, tokens, keys):  # query and output projections, scores and weighted sum, feed-forward
+        return batch_rows * (2 * tokens * multiply + 2 * 2 * tokens * keys * width) + feed_forward(batch_rows, tokens)
+
     pairs = 3 * rows
     expected = crossing * rows * positions * 2 * 2 * image_width * width  # image keys and values, once
     expected += layers * (
@@ -125,6 +128,8 @@ def test_flops_of_a_step_are_the_necessary_ones():
         self_attention(pairs, QUERIES + length, QUERIES + length) + feed_forward(pairs, QUERIES + length)
     )
     expected += crossing * cross_attention(pairs)
+    # The last layer computes only what is read: [CLS] of ITC's text and the queries of ITM's pairs. Others are seen.
+    expected -= unread(rows, length - 1, length) + unread(pairs, length, QUERIES + length)
     expected += layers * (self_attention(rows, length, QUERIES + length) + feed_forward(rows, length))  # ITG, text only
     projected = model.config.image_text_hidden_size
     expected += rows * (QUERIES + 1) * 2 * width * projected  # ITC projections
@@ -132,6 +137,18 @@ def test_flops_of_a_step_are_the_necessary_ones():
     expected += pairs * QUERIES * 2 * width * 2  # ITM head
     expected += rows * (length - 1) * (multiply + 2 * width * config.vocab_size)  # ITG head
     assert counter.get_total_flops() == expected
+
+
+@torch.no_grad()
+def test_states_that_are_asked_for_are_whole(model):
+    """The last layer leaves out only what nobody asked for."""
+    data = batch(rows=3, length=9)
+    alone = model.get_text_features(data["input_ids"], data["attention_mask"])
+    out = model(**data, negative_seed=0, output_hidden_states=True)
+    assert torch.equal(out.text_outputs.last_hidden_state, alone.last_hidden_state)
+    assert out.text_outputs.hidden_states[-1].shape[1] == 9
+    plain = model(**data, negative_seed=0)
+    assert torch.allclose(plain.logits_per_text, out.logits_per_text, atol=1e-5)
 
 
 def test_text_runs_at_its_real_length(model):

@@ -1,0 +1,134 @@
+"""Forward and backward of stage 2 against transformers' Blip2ForConditionalGeneration, on the same weights.
+
+Sizes: ViT-B/16 at 224 as BLIP-2's own tower, Q-Former 12 x 768 with 32 queries, OPT-125m, all random; captions of 8 to 16
+tokens padded to the longest; tower and language model frozen in both. transformers trains the usual way: its model, given
+pixels, ids, mask and labels, and backward of its loss. Losses are compared without dropout. Peak memory, weights and
+gradients included, is that of a process of its own for each: growth of its resident memory, or what torch allocated on a
+GPU.
+"""
+
+import multiprocessing
+import resource
+from functools import partial
+
+import torch
+from measure import Row, alternating_seconds, faster
+from stage1_step import dtypes
+from transformers import Blip2VisionConfig, OPTConfig
+
+from modeling_blip2x import Blip2xConfig, Blip2xForConditionalGeneration
+from modeling_blip2x.export_blip2x import export_transformers
+from modeling_blip2x.weights_blip2x import Weight
+
+ROWS, QUERIES, IMAGE_TOKEN, PAD = 16, 32, 50265, 1
+LENGTHS = (8, 9, 10, 11, 13, 14, 15, 16)
+FASTER, SMALLER = 1.3, 1 / 0.8  # aims
+
+
+def run(device: str) -> list[Row]:
+    rows = []
+    for dtype in dtypes(device):
+        ours, theirs, batch = our_model().to(device), their_model().to(device), make_batch(device)
+        copy_weights(ours, theirs)
+        if dtype == "float32":
+            check_losses(ours, theirs, batch)
+        steps = {
+            name: partial(step, model.train(), batch, dtype) for name, model in (("ours", ours), ("theirs", theirs))
+        }
+        seconds = alternating_seconds(steps, device, repeats=10 if device == "cuda" else 2)
+        del steps, ours, theirs
+        case = f"stage-2 step, batch {ROWS}"
+        rows.append(faster("stage2_step", case, device, dtype, seconds["ours"], seconds["theirs"], "s/step", FASTER))
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+            peaks = [fresh.apply(peak_memory, (build, device, dtype)) / 1e9 for build in (our_model, their_model)]
+        rows.append(faster("stage2_step", f"{case}, peak memory", device, dtype, *peaks, "GB", SMALLER))
+    return rows
+
+
+def config() -> Blip2xConfig:
+    language_model = OPTConfig(
+        vocab_size=IMAGE_TOKEN + 7,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        ffn_dim=3072,
+        word_embed_proj_dim=768,
+    )
+    tower = Blip2VisionConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16
+    )
+    return Blip2xConfig(
+        vision_config=tower.to_dict(),
+        text_config=language_model.to_dict(),
+        qformer_config={"use_qformer_text_input": False},
+        num_query_tokens=QUERIES,
+        image_token_index=IMAGE_TOKEN,
+        vision_layer_norm_eps=tower.layer_norm_eps,
+    )
+
+
+def our_model() -> Blip2xForConditionalGeneration:
+    torch.manual_seed(0)
+    model = Blip2xForConditionalGeneration(config())
+    model.freeze_unimodal()
+    return model
+
+
+def their_model() -> torch.nn.Module:
+    their_class, their_config, _, _ = export_transformers(config(), {})
+    model = their_class(their_config)
+    for part in (model.vision_model, model.language_model):
+        part.requires_grad_(False)
+    return model
+
+
+def copy_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    *_, exported, _ = export_transformers(ours.config, {n: Weight.of(t) for n, t in ours.state_dict().items()})
+    theirs.load_state_dict({name: weight.read() for name, weight in exported.items()})
+
+
+def make_batch(device: str) -> dict[str, torch.Tensor]:
+    """What both processors give for a caption without a prompt: image tokens, BOS, text; padding on the right."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(LENGTHS).repeat(ROWS)[:ROWS, None]
+    real = torch.arange(max(LENGTHS)) < lengths
+    text = torch.randint(100, 50000, real.shape, generator=generator).masked_fill(~real, PAD)
+    text[:, 0] = 2  # BOS of OPT
+    image = torch.full((ROWS, QUERIES), IMAGE_TOKEN)
+    labels = text.masked_fill(~real, -100)
+    labels[:, 0] = -100
+    batch = {
+        "pixel_values": torch.randn(ROWS, 3, 224, 224, generator=generator),
+        "input_ids": torch.cat([image, text], dim=1),
+        "attention_mask": torch.cat([torch.ones_like(image), real.long()], dim=1),
+        "labels": torch.cat([torch.full_like(image, -100), labels], dim=1),
+    }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], dtype: str) -> None:
+    with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        loss = model(**batch).loss
+    loss.backward()
+
+
+@torch.no_grad()
+def check_losses(ours: torch.nn.Module, theirs: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    """Print how far the losses are apart, and stop where that is more than 1e-4."""
+    losses = [model.eval()(**batch).loss.item() for model in (ours, theirs)]
+    print(f"stage-2 losses: {losses[0]:.6f}, transformers {losses[1]:.6f}", flush=True)
+    if not abs(losses[0] - losses[1]) <= 1e-4:
+        raise RuntimeError("The losses of the two models differ.")
+
+
+def peak_memory(build, device: str, dtype: str) -> int:
+    """Bytes of model, gradients and two steps at their highest."""
+    batch, before = make_batch(device), resident_peak()
+    model = build().to(device).train()
+    for _ in range(2):
+        step(model, batch, dtype)
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak() - before
+
+
+def resident_peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
