@@ -22,6 +22,7 @@ import transformers
 ROOT = Path(__file__).parent.parent
 SUITES = {  # name -> module with run(device) -> rows
     "feature_cache": "feature_cache",
+    "generation": "generation",
 }
 
 
