@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 SUITES = {  # name -> module with run(device) -> rows
     "feature_cache": "feature_cache",
     "generation": "generation",
+    "preprocessing": "preprocessing",
 }
 
 
