@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 SUITES = {  # name -> module with run(device) -> rows
     "feature_cache": "feature_cache",
     "generation": "generation",
+    "loading": "loading",
     "preprocessing": "preprocessing",
+    "reranking": "reranking",
 }
 
 
