@@ -65,7 +65,7 @@ def run(device: str) -> list[Row]:
     apart = max((found[:ALONE] - alone).abs().max(), (found[:BATCHED] - batched).abs().max()).item()
     calls = {"ours": ours, "alone": lambda: plain(ALONE, 1), "batched": lambda: plain(BATCHED, 64)}
     pairs = {"ours": len(rows), "alone": ALONE, "batched": BATCHED}
-    seconds = alternating_seconds(calls, device, repeats=3, warmup=0)
+    seconds = alternating_seconds(calls, device, repeats=2, warmup=0)
     cost = {name: 1000 * value / pairs[name] for name, value in seconds.items()}
     return [
         faster(
