@@ -20,13 +20,17 @@ import torch
 import transformers
 
 ROOT = Path(__file__).parent.parent
-SUITES = {  # name -> module with run(device) -> rows
-    "stage1_step": "stage1_step",
-    "flop_rate": "flop_rate",
-    "stage2_step": "stage2_step",
-    "feature_cache": "feature_cache",
-    "growth": "growth",
-}
+SUITES = (  # modules with run(device) -> rows
+    "stage1_step",
+    "flop_rate",
+    "stage2_step",
+    "feature_cache",
+    "generation",
+    "reranking",
+    "preprocessing",
+    "loading",
+    "growth",
+)
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def main() -> None:
     rows = []
     for suite in SUITES if "all" in args.suite else args.suite:
         start = time.perf_counter()
-        found = importlib.import_module(SUITES[suite]).run(args.device)
+        found = importlib.import_module(suite).run(args.device)
         rows += found
         print(f"\n{suite}, {time.perf_counter() - start:.0f} s\n{table(found)}", flush=True)
         if args.output:  # after each suite: what is measured is not lost with what comes

@@ -36,6 +36,7 @@ from .outputs_blip2x import (
 from .qformer_blip2x import KeyValues, QFormerOutput, select_images
 
 TEMPERATURE = 0.07  # start of the learned ITC temperature (section 3.2)
+PAIRS_TOGETHER = 64  # of ITM where images are shared: few enough to be of about one length, enough to fill a GPU
 SMALLEST_TEMPERATURE = 1e-3  # a learned divisor must not reach zero
 
 
@@ -207,11 +208,25 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         image_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(pairs, 2), order (no match, match), of image i, or image image_index[i], with text i; averaged over queries
-        (section 3.2)."""
-        hidden = self.get_multimodal_features(
-            pixel_values, input_ids, attention_mask, vision_embeds, image_index
-        ).last_hidden_state
-        return self.itm_head(hidden).mean(dim=1)
+        (section 3.2). With image_index, pairs go together whose texts are of about one length, to read little padding."""
+        if image_index is None:
+            hidden = self.get_multimodal_features(
+                pixel_values, input_ids, attention_mask, vision_embeds
+            ).last_hidden_state
+            return self.itm_head(hidden).mean(dim=1)
+        self._check_rows(len(image_index), len(input_ids))
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        image = self.model.image_key_values(
+            self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
+        )
+        order = attention_mask.sum(dim=1).argsort(stable=True)
+        logits = []
+        for pairs in order.split(PAIRS_TOGETHER):
+            mask = attention_mask[pairs]
+            length = int(mask.any(dim=0).nonzero().max()) + 1
+            of_pairs = select_images(image, image_index[pairs])
+            logits.append(self._itm_logits_of(input_ids[pairs, :length], mask[:, :length], of_pairs))
+        return torch.cat(logits)[order.argsort()]
 
     def itm_scores(
         self,

@@ -1,12 +1,13 @@
 """How images get into the prompt of a language model: in forward by `merge_image`, in generate by the hooks below.
 
-The image is encoded once, before beams are laid out; decoder-only models take the soft prompt in their first step,
-encoder-decoder models in the input of the encoder.
+The image is encoded once, before beams are laid out; decoder-only models take the soft prompt in their first step, which
+is run once for all beams, encoder-decoder models in the input of the encoder.
 """
 
 from collections.abc import Callable
 
 import torch
+from transformers import DynamicCache
 
 from .outputs_blip2x import Blip2xImageFeatures
 from .vision_blip2x import attention_weights_of
@@ -18,6 +19,13 @@ IMAGE_ARGUMENTS = ("pixel_values", "vision_embeds", *QFORMER_ARGUMENTS, "interpo
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions (B, L) of tokens, given attention_mask (B, L): padding may be on the left."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def repeat_rows(value: torch.Tensor | tuple, copies: int) -> torch.Tensor | tuple:
+    """Each row of a tensor, or of the tensors in a tuple, `copies` times, one after the other."""
+    if isinstance(value, tuple):
+        return tuple(repeat_rows(one, copies) for one in value)
+    return value.repeat_interleave(copies, dim=0)
 
 
 class ImagePrompting:
@@ -195,10 +203,37 @@ class ImagePrompting:
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs
     ):
-        """The encoder of an encoder-decoder model has read the image: beams carry none."""
-        if is_encoder_decoder and expand_size > 1:
-            kwargs.pop("mm_encoder_outputs", None)
-        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        """Features of images are not repeated for beams: the encoder has read them, or `_prefill` reads them once."""
+        features = kwargs.pop("mm_encoder_outputs", None) if expand_size > 1 else None
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
+        if features is not None and not is_encoder_decoder:
+            kwargs["mm_encoder_outputs"] = features
+        return input_ids, kwargs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs: dict, is_first_iteration: bool = True):
+        """Decoder-only: reads a prompt once. Its beams, or return sequences, begin alike and get copies of its cache."""
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        if copies == 1 or self.config.is_encoder_decoder:
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        cache = model_kwargs.get("past_key_values")
+        rows = len(input_ids)
+        firsts = {
+            name: value[::copies] if isinstance(value, torch.Tensor) and len(value) == rows else value
+            for name, value in model_kwargs.items()
+        }
+        chunked = generation_config.prefill_chunk_size is not None
+        if type(cache) is not DynamicCache or cache.get_seq_length() > 0 or chunked:  # made for all rows, or has them
+            if model_kwargs.get("mm_encoder_outputs") is not None:
+                model_kwargs["mm_encoder_outputs"] = self._expand_multimodal_outputs(
+                    input_ids[::copies], model_kwargs["mm_encoder_outputs"], copies, firsts.get("inputs_embeds")
+                )
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        outputs = super()._prefill(input_ids[::copies], generation_config, firsts, is_first_iteration)
+        cache.reorder_cache(torch.arange(rows, device=input_ids.device) // copies)
+        for name in ("logits", "hidden_states", "attentions"):
+            if outputs.get(name) is not None:
+                outputs[name] = repeat_rows(outputs[name], copies)
+        return outputs
 
     def _get_candidate_generator(self, *, assistant_model, model_kwargs: dict, **others):
         """A drafting assistant with a Q-Former makes its own features, once, of what this model's tower saw."""

@@ -79,6 +79,30 @@ def test_image_is_encoded_once_whatever_the_beams(language_model):
     assert len(calls) == 1 and len(ids) == 4
 
 
+@pytest.mark.parametrize("language_model", ("opt", "llama"))
+def test_beams_read_the_prompt_once_and_write_the_same(language_model):
+    """A static cache is laid out for all beams at once: there each beam reads the prompt for itself."""
+    model = stage2(language_model, std=STRONG)
+    inputs = prompt(model)
+    image = inputs["input_ids"] == model.config.image_token_index
+    both = inputs["input_ids"][:, : int(image[0].sum())]
+    inputs["input_ids"] = torch.cat([both, inputs["input_ids"]], dim=1)  # two images a text
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["pixel_values"] = torch.cat([inputs["pixel_values"], inputs["pixel_values"].flip(-1)])
+    arguments = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 5, "do_sample": False}
+    arguments |= {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
+    rows = []
+    model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    once = model.generate(**inputs, **arguments)
+    assert rows == [2, 6, 6, 6, 6]
+    each = model.generate(**inputs, **arguments, cache_implementation="static", disable_compile=True)
+    assert rows[5:] == [6] * 5 and torch.equal(once.sequences, each.sequences)
+    torch.testing.assert_close(once.logits, each.logits, rtol=1e-3, atol=1e-3)
+    assert once.hidden_states[0][-1].shape == each.hidden_states[0][-1].shape
+
+
 @pytest.mark.parametrize("language_model", ALL)
 def test_batched_equals_one_by_one(language_model):
     """Prompts of different lengths, padded on the left; absolute (OPT, GPT-2) and rotary positions (Llama, Qwen)."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import QUERIES, TOWERS, batch, stage1
 
-from modeling_blip2x import Blip2xForImageTextRetrieval, Blip2xForPreTraining
+from modeling_blip2x import Blip2xForImageTextRetrieval, Blip2xForPreTraining, imagetext_blip2x
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
 
@@ -169,6 +169,19 @@ def test_scores_have_their_units():
     assert torch.allclose(pair, model.itm_logits(**data).softmax(-1)[:, 1])
     grid = model.itm_scores(**data, grid=True, chunk_size=2)
     assert grid.shape == (3, 3) and torch.allclose(grid.diagonal(), pair, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pairs_that_share_images_are_scored_as_each_alone(monkeypatch):
+    """They go together by length, two at a time here; the order of the logits is that of the texts."""
+    monkeypatch.setattr(imagetext_blip2x, "PAIRS_TOGETHER", 2)
+    model = stage1().eval()
+    data = batch(rows=5)
+    data["attention_mask"][3, 4:] = 0
+    index = torch.tensor([2, 0, 1, 1, 0])
+    logits = model.itm_logits(data["pixel_values"][:3], data["input_ids"], data["attention_mask"], image_index=index)
+    alone = model.itm_logits(data["pixel_values"][index], data["input_ids"], data["attention_mask"])
+    assert torch.allclose(logits, alone, atol=1e-5)
 
 
 @torch.no_grad()

@@ -8,15 +8,16 @@ import torch
 import trim_bert
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from data import CaptionDataset
+from images import opened
 from inputs import output_size
 from objectives import hardness_at
 from optim import build_optimizer, learning_rate_at
-from PIL import Image
+from PIL import Image, ImageOps
 from sources import load_rows
 from tiny import QUERIES, batch, bert_tokenizer, image, image_processor, llm_tokenizer, stage1, stage2_processor
 from training_parts import make_image_folder
 from transformers import BertConfig, BertModel
-from transforms import augment_image, clean_caption
+from transforms import augment_image, clean_caption, draw_crop
 from vocabulary import build_tokenizer, load_qformer_tokenizer
 
 COLUMNS = {"image_column": "image", "text_column": "captions"}
@@ -64,14 +65,17 @@ def test_training_images_are_normalised_by_the_towers_own_mean_and_std(folder):
                 expected = processor(images=item["image"], return_tensors="pt")["pixel_values"][0]
                 assert np.array_equal(item["image"], data.image(0))
             else:
-                values = np.asarray(item["image"], np.float32) / 255
-                expected = torch.tensor((values - processor.image_mean) / processor.image_std).permute(2, 0, 1).float()
+                as_it_is = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+                expected = processor(images=item["image"].numpy(), **as_it_is)["pixel_values"][0]
+                assert torch.equal(tensor, expected)
+                mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+                expected = (item["image"] / 255 - mean) / std
             assert tensor.shape == (3, height, width) and torch.allclose(tensor, expected, atol=1e-5)
 
 
 def test_crops_cover_half_of_the_area_or_more_and_are_flipped_half_of_the_time():
     ramp = np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (200, 1, 3))  # brightness is the column
-    crops = [np.asarray(augment_image(Image.fromarray(ramp), (20, 20), random.Random(n)), int) for n in range(400)]
+    crops = [augment_image(Image.fromarray(ramp), (20, 20), random.Random(n))[0].int().numpy() for n in range(400)]
     spans = [abs(crop[:, -1].mean() - crop[:, 0].mean()) * 20 / 19 for crop in crops]
     flipped = sum(crop[:, -1].mean() < crop[:, 0].mean() for crop in crops)
     assert 160 < flipped < 240
@@ -85,7 +89,28 @@ def test_clean_caption_follows_the_paper():
 
 def test_augmentation_gives_the_size_for_any_shape():
     for shape in ((500, 20), (20, 500), (30, 40), (1, 1)):
-        assert augment_image(Image.new("RGB", shape), (28, 32), random.Random(0)).size == (32, 28)
+        assert augment_image(Image.new("RGB", shape), (28, 32), random.Random(0)).shape == (3, 28, 32)
+
+
+def test_large_photos_are_decoded_smaller_and_turned_upright(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    photo = noise.resize((640, 480), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    photo.save(tmp_path / "upright.jpg", quality=95)
+    photo.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.jpg", quality=95, exif=exif)
+    for name in ("upright.jpg", "lying.jpg"):
+        for seed in range(8):
+            image = Image.open(tmp_path / name)
+            crop = augment_image(image, (56, 64), random.Random(seed)).int()
+            assert max(image.size) <= 320  # a crop of half the area has more than twice as many pixels even then
+            rng = random.Random(seed)
+            expected = photo.resize((64, 56), Image.Resampling.BICUBIC, box=draw_crop(640, 480, rng))
+            expected = ImageOps.mirror(expected) if rng.random() < 0.5 else expected
+            difference = (crop - torch.tensor(np.array(expected)).permute(2, 0, 1)).abs().float()
+            assert difference.mean() < 6  # levels of 255: the box is cut to whole pixels of the smaller image
+    with opened(str(tmp_path / "upright.jpg"), None) as image:
+        assert augment_image(image, (224, 224), random.Random(0)).shape == (3, 224, 224) and image.size == (640, 480)
 
 
 def test_built_vocabulary_spells_rare_words():

@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from images import BadRow, image_keys, image_name, keep_encoded, number_images, open_image
+from images import BadRow, image_keys, image_name, keep_encoded, number_images, open_image, opened
 from PIL import Image
 from rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
 from skipping import TRIES, ReportedBatches, Reporting, SkipLog
@@ -50,7 +50,8 @@ class CaptionDataset(ImageDataset):
 
     An item holds `text` (str), `prompt` (str), `image_id` (int, equal for rows that show the same image), `draw` (float
     in [0, 1), for the collator), `skipped` (reports of rows that could not be read, in whose place this one is), and either
-    `image` (RGB PIL image) or, after `use_features`, `vision_embeds` (N, D) float32.
+    `image` (RGB PIL image; where crops are drawn, levels (3, *crop_size) uint8) or, after `use_features`, `vision_embeds`
+    (N, D) float32.
 
     Rows without image or text are left out: `left_out` has their reports, `kept` the numbers of the others.
 
@@ -167,9 +168,15 @@ class CaptionDataset(ImageDataset):
             except ValueError as error:
                 raise BadRow(str(error)) from error
         else:
-            image = open_image(self.images[row][self.image_column], self.folder)
-            item["image"] = augment_image(image, self.crop_size, rng) if self.crop_size else image
+            item["image"] = self.open_or_crop(row, rng)
         return item
+
+    def open_or_crop(self, row: int, rng: random.Random) -> Image.Image:
+        value = self.images[row][self.image_column]
+        if self.crop_size is None:
+            return open_image(value, self.folder)
+        with opened(value, self.folder) as image:
+            return augment_image(image, self.crop_size, rng)
 
     def draw(self, choices: list, rng: random.Random):
         return rng.choice(choices) if self.draw_text and len(choices) > 1 else choices[0]

@@ -5,6 +5,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -72,19 +73,22 @@ def image_mark(value: dict | str | None, folder: Path | None) -> bytes:
     return f"{Path(name).name} {size}\n".encode()
 
 
-def open_image(value: dict | str | None, folder: Path | None) -> Image.Image:
-    """The RGB image, the way up that its EXIF data says, as the processor turns it.
+@contextmanager
+def opened(value: dict | str | None, folder: Path | None) -> Iterator[Image.Image]:
+    """An image that is not decoded yet, so that a JPEG may still be decoded smaller.
 
-    Raises BadRow for one that is missing, empty, cut off, of no known format or of more than `MAX_PIXELS`.
+    Raises BadRow for one that is missing, empty, cut off, of no known format or of more than `MAX_PIXELS`, also where
+    only decoding it within the `with` finds that out.
     """
     source, _ = image_source(value, folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the stricter limit
             image = Image.open(source)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadRow(f"decompression bomb: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-        return upright(image).convert("RGB")
+        with image:  # closes the file of one that cannot be decoded, too
+            if image.width * image.height > MAX_PIXELS:
+                raise BadRow(f"decompression bomb: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
+            yield image
     except BadRow:
         raise
     except FileNotFoundError as error:
@@ -96,6 +100,12 @@ def open_image(value: dict | str | None, folder: Path | None) -> Image.Image:
         raise BadRow(f"decompression bomb: {error}") from error
     except Exception as error:  # a damaged file can fail in any way
         raise BadRow(f"{type(error).__name__}: {error}") from error
+
+
+def open_image(value: dict | str | None, folder: Path | None) -> Image.Image:
+    """The RGB image, the way up that its EXIF data says, as the processor turns it. Raises BadRow as `opened` does."""
+    with opened(value, folder) as image:
+        return upright(image).convert("RGB")
 
 
 def image_keys(images: datasets.Dataset | Rows, column: str, folder: Path | None) -> Iterator[str | BadRow]:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 MODES = ("itc", "itm", "itm+itc", "itm+logits")
 PIECES = 16  # that small sets are cut into at least, for processes to share
-PAIRS_AT_ONCE = 512  # whose image keys and values are in memory together
+PAIRS_AT_ONCE = 512  # whose images have their keys and values in memory together
 Share = Callable[[int, int, Callable[[list[int]], list]], list]  # (count, batch size, work) -> a result for each number
 
 
