@@ -55,7 +55,7 @@ def test_cached_features_give_the_same_losses(parts, uncached, tmp_path, dtype, 
         for path in cache.glob("train-*.npy"):
             np.save(path, np.roll(np.load(path), 1, axis=0))
         lines = run_stage1(parts / "data", parts / "tower", tmp_path / "moved", *PLAIN, *cached)
-        assert largest_difference(lines, uncached) > 1e-3
+        assert largest_difference(lines, uncached) > 100 * tolerance
 
 
 def test_shards_hold_all_rows_in_order(parts, tmp_path):
