@@ -4,8 +4,8 @@ A smaller Q-Former (2 layers of 128, 2 heads, features of 128) so that the large
 dropout; float32. Sizes not varied: batch 32, 32 queries, 257 image tokens. Memory is what autograd holds at most for the
 backward, beside parameters and inputs. An exponent is the slope of a line fitted to the logarithms of all sizes, which take
 turns; the row's baseline is that of the mathematics: of the FLOPs counted for time, 1 for memory, for fused attention keeps
-no matrix of scores. Ranks: gloo processes with one thread each and
-the same pairs a rank, so time of a step should stay: exponent 0 where the machine has as many idle cores.
+no matrix of scores. Ranks: gloo processes with one thread each and the same pairs a rank, so time of a step should stay:
+exponent 0 where the machine has as many idle cores.
 """
 
 import math
