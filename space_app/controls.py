@@ -16,6 +16,27 @@ QUESTIONS = [
 MODEL_EVENT = {"concurrency_id": "models", "concurrency_limit": 1}
 
 
+class AsSent:
+    """A component whose value the function checks, in words. Gradio's own checks say "null", or round in silence."""
+
+    is_template = True  # on the page it is the component of Gradio
+
+    def preprocess(self, payload):
+        return payload
+
+
+class Slider(AsSent, gr.Slider):
+    """gr.Slider, unchecked."""
+
+
+class Number(AsSent, gr.Number):
+    """gr.Number, unchecked."""
+
+
+class Dropdown(AsSent, gr.Dropdown):
+    """gr.Dropdown, unchecked."""
+
+
 def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) -> list[gr.components.Component]:
     """The accordion; its components in the order of the fields of `Settings`, the last one only where `captions`."""
     starts = {"max_length": longest, "num_beams": beams}
@@ -31,10 +52,10 @@ def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) ->
         with gr.Row(equal_height=False):
             for name, limits in RANGES.items():
                 if name == "seed":
-                    number = gr.Number(0, label=limits.label, info=limits.info, precision=0, minimum=0, min_width=220)
+                    number = Number(0, label=limits.label, info=limits.info, precision=0, minimum=0, min_width=220)
                     panel.append(number)
                     continue
-                slider = gr.Slider(
+                slider = Slider(
                     limits.low,
                     limits.high,
                     value=starts.get(name, limits.start),
@@ -46,7 +67,7 @@ def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) ->
                 panel.append(slider)
             if captions:
                 panel.append(
-                    gr.Slider(
+                    Slider(
                         CAPTIONS.low,
                         CAPTIONS.high,
                         value=CAPTIONS.start,

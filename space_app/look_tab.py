@@ -3,7 +3,7 @@
 import attention
 import gradio as gr
 from attention import AVERAGE
-from controls import EXAMPLES, MODEL_EVENT, run_and_stop
+from controls import EXAMPLES, MODEL_EVENT, Dropdown, Slider, run_and_stop
 from models import Models
 from settings import Settings, check_image, check_text
 from uploads import ImageUpload
@@ -76,7 +76,7 @@ def build(models: Models, prompt: str) -> None:
         words_prompt = gr.Textbox(
             prompt, label="Prompt of the caption", interactive=part.has_language_model, max_length=500
         )
-        longest = gr.Slider(1, 40, value=20, step=1, label="Longest", info="New tokens, at most.")
+        longest = Slider(1, 40, value=20, step=1, label="Longest", info="New tokens, at most.")
         run_words, stop_words = run_and_stop("Caption and look, word by word")
         words = gr.Gallery(
             label="Words",
@@ -110,5 +110,5 @@ def build(models: Models, prompt: str) -> None:
     stop_words.click(None, cancels=[words_event])
 
 
-def _choices(label: str, numbers) -> gr.Dropdown:
-    return gr.Dropdown([AVERAGE, *map(str, numbers)], value=AVERAGE, label=label, min_width=130, filterable=False)
+def _choices(label: str, numbers) -> Dropdown:
+    return Dropdown([AVERAGE, *map(str, numbers)], value=AVERAGE, label=label, min_width=130, filterable=False)

@@ -4,6 +4,7 @@ import gradio as gr
 import matching
 from charts import chart
 from controls import EXAMPLES, MODEL_EVENT, notice, run_and_stop
+from mistakes import Mistake
 from models import NO_SCORES, Models
 from settings import check_texts
 from uploads import GalleryUpload
@@ -17,7 +18,7 @@ def build(models: Models) -> None:
     def match(images, texts: str, progress=gr.Progress()):  # noqa: B008  (how Gradio hands it in)
         lines = check_texts(texts)
         if not images:
-            raise gr.Error("There is no picture. Upload one or more, or load the examples.")
+            raise Mistake("There is no picture. Upload one or more, or load the examples.")
         yield from cancellable(lambda stop: matching.match(models, images, lines, stop, progress), gr.skip())
 
     on = notice(None if models.matcher else NO_SCORES)

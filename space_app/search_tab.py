@@ -3,10 +3,11 @@
 import gradio as gr
 import matching
 from charts import text_ranking
-from controls import EXAMPLES, MODEL_EVENT, notice, run_and_stop
+from controls import EXAMPLES, MODEL_EVENT, Slider, notice, run_and_stop
 from match_tab import TEXTS
+from mistakes import Mistake
 from models import NO_SCORES, Models
-from settings import check_image, check_text, check_texts
+from settings import check_image, check_text, check_texts, check_whole
 from uploads import MAX_IMAGES, GalleryUpload, ImageUpload
 from work import cancellable, with_plain_errors
 
@@ -14,23 +15,24 @@ from work import cancellable, with_plain_errors
 def build(models: Models) -> None:
     @with_plain_errors
     def search(images, query: str, rerank: int = matching.RERANKED, progress=gr.Progress()):  # noqa: B008
-        text, count = check_text(query, "The query"), _check_rerank(rerank)
+        text, count = check_text(query, "The query"), check_whole(rerank, "Re-ranked", MAX_IMAGES)
         if not images:
-            raise gr.Error("There is no picture to search. Upload some, or load the examples.")
+            raise Mistake("There is no picture to search. Upload some, or load the examples.")
         yield from cancellable(
             lambda stop: matching.rank_images(models, images, text, count, stop, progress), gr.skip()
         )
 
     @with_plain_errors
     def search_texts(image, texts: str, rerank: int = matching.RERANKED, progress=gr.Progress()):  # noqa: B008
-        picture, lines, count = check_image(image), check_texts(texts), _check_rerank(rerank)
+        picture, lines = check_image(image), check_texts(texts)
+        count = check_whole(rerank, "Re-ranked", MAX_IMAGES)
         yield from cancellable(
             lambda stop: matching.rank_texts(models, picture, lines, count, stop, progress), gr.skip()
         )
 
     on = notice(None if models.matcher else NO_SCORES)
     with gr.Column(visible=on):
-        rerank = gr.Slider(
+        rerank = Slider(
             0,
             MAX_IMAGES,
             value=matching.RERANKED,
@@ -90,12 +92,6 @@ def build(models: Models) -> None:
     )
     text_event.success(text_ranking, text_order, page, queue=False, api_visibility="private")
     stop_texts.click(None, cancels=[text_event])
-
-
-def _check_rerank(rerank) -> int:
-    if not isinstance(rerank, (int, float)) or not 0 <= rerank <= MAX_IMAGES:
-        raise gr.Error(f"Re-ranked is {rerank!r}; it must lie between 0 and {MAX_IMAGES}.")
-    return int(rerank)
 
 
 def show_ranking(images, ranking: list[dict] | None):

@@ -1,11 +1,13 @@
 """The Space's functions on tiny models, without a server."""
 
 import io
+import socket
 import threading
 import time
 
 import about
 import answers
+import app
 import attention
 import charts
 import gradio as gr
@@ -15,8 +17,9 @@ import pytest
 import torch
 import uploads
 import work
+from mistakes import Mistake
 from PIL import Image
-from settings import RANGES, Settings, check_text, check_texts
+from settings import RANGES, Settings, check_text, check_texts, check_whole
 from space_server import EXAMPLES, SPACE, save_tiny
 from tiny import bert_tokenizer, image, llm_tokenizer
 
@@ -64,11 +67,44 @@ def test_two_of_a_kind_and_wrong_options_are_refused(loaded):
 
 
 def test_another_kind_of_checkpoint_says_how_to_convert(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
-    with pytest.raises(ValueError, match="opt checkpoint.*modeling_blip2x.convert"):
+    (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
+    with pytest.raises(ValueError, match="blip-2 checkpoint.*modeling_blip2x.convert"):
         space_models.load_models([str(tmp_path)], "cpu")
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        space_models.load_models([str(tmp_path / "nothing")], "cpu")
+
+
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, loaded, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(ValueError, match="opt checkpoint, no BLIP-2 model"):  # a language model cannot be converted
+        space_models.load_models([str(tmp_path)], "cpu")
+    with pytest.raises(ValueError, match="no folder runs/nowhere here, and it was not found on the hub"):
+        space_models.load_models(["runs/nowhere"], "cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no config.json"):
+        space_models.load_models([str(tmp_path / "empty")], "cpu")
+    monkeypatch.setattr(space_models.importlib.util, "find_spec", lambda name: None)  # as where blip2x is not installed
+    with pytest.raises(ValueError, match="does not carry its code.*save_with_code"):
+        space_models.load_models([loaded.matcher.source], "cpu")
+
+
+@pytest.mark.parametrize("device", ["cudaa", "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_named(device):
+    with pytest.raises(ValueError, match=f"The device {device} is not to be had here"):
+        space_models.load_models([], device)
+
+
+def test_wrong_options_are_refused_in_a_line(capsys, monkeypatch):
+    for turns in ("-4", "51", "two"):
+        with pytest.raises(SystemExit):
+            app.parse(["--turns", turns])
+        assert f"'{turns}' is not a whole number from 0 to 50" in capsys.readouterr().err
+    monkeypatch.setenv("BLIP2X_TURNS", "3")
+    assert app.parse([]).turns == 3
+    with socket.socket() as taken, gr.Blocks() as page:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"Cannot listen at 127.0.0.1, port {port}: it is taken"):
+            app.launch(page, "127.0.0.1", port, wait=False)
 
 
 def test_a_quickstart_output_is_found(tmp_path, monkeypatch, loaded):
@@ -142,6 +178,13 @@ def test_sampling_follows_the_seed(loaded, pictures):
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed)[0] for seed in range(5)}) > 1
+
+
+def test_a_caption_that_is_drawn_twice_is_shown_once(loaded, pictures):
+    same = Settings("nucleus", top_p=0.1, temperature=0.5, max_length=2, captions=5)
+    texts = answers.caption(loaded.speaker, pictures[0], "a", same, NEVER)
+    assert len(texts) == len(set(texts)) < 5
+    assert answers.different([" a dog", "two", "a dog "]) == ["a dog", "two"]
 
 
 def test_an_answer_streams_and_is_what_generate_says(loaded, pictures):
@@ -286,7 +329,11 @@ def test_an_overlay_is_hot_where_the_heat_is():
     assert sum(shown.getpixel((5, 5))) > 3 * sum(shown.getpixel((95, 95)))
     with pytest.raises(gr.Error, match="The layer is '1'"):
         attention.choice("1", [0, 2], "The layer")
-    assert attention.choice("average", [0], "The head") is None and attention.choice("2", [0, 2], "The layer") == 2
+    for wrong in (1.5, True, "two", [0]):
+        with pytest.raises(gr.Error, match="choose average or one of 0, 2"):
+            attention.choice(wrong, [0, 2], "The layer")
+    assert attention.choice("average", [0], "The head") is None
+    assert attention.choice("2", [0, 2], "The layer") == attention.choice(2, [0, 2], "The layer") == 2
 
 
 # What is refused
@@ -313,6 +360,18 @@ def test_settings_that_contradict_one_another_are_refused():
         check_texts("a\n" * 51)
     with pytest.raises(gr.Error, match="empty"):
         check_text("  ", "The question")
+    with pytest.raises(gr.Error, match="Seed is 1.5; it must be a whole number"):
+        Settings(seed=1.5)
+    for wrong in (-1, 51, 2.5, "3", None, True, float("nan")):
+        with pytest.raises(gr.Error, match="Earlier turns is .*whole number from 0 to 50"):
+            check_whole(wrong, "Earlier turns", 50)
+    assert check_whole(7.0, "Earlier turns", 50) == 7
+
+
+def test_a_visitors_mistake_leaves_no_traceback_in_the_log():
+    with pytest.raises(Mistake) as told:
+        Settings(num_beams=0)
+    assert told.value.print_exception is False
 
 
 def saved(tmp_path, name, picture, **options):
