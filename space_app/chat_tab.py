@@ -113,11 +113,13 @@ def build(models: Models, turns: int) -> None:
     on = notice(None if models.speaker else NO_LANGUAGE_MODEL)
     with gr.Row(visible=on):
         with gr.Column():
-            image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=320)
+            image = ImageUpload(
+                label="Picture", sources=["upload", "webcam", "clipboard"], height=543, elem_classes="tall"
+            )
         with gr.Column():
             chat = gr.Chatbot(
                 label="Chat",
-                height=320,
+                height=380,
                 placeholder="Choose a picture, then ask about it.",
                 render_markdown=False,
                 buttons=[],

@@ -6,6 +6,7 @@ import gradio as gr
 from settings import CAPTIONS, MODES, RANGES
 
 EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
+CAPTIONED = [path.stem.partition("_")[2].replace("_", " ") for path in EXAMPLES]  # their names say what they show
 QUESTIONS = [
     "what color is the big circle?",
     "how many squares are there?",
@@ -16,25 +17,30 @@ QUESTIONS = [
 MODEL_EVENT = {"concurrency_id": "models", "concurrency_limit": 1}
 
 
-class AsSent:
-    """A component whose value the function checks, in words. Gradio's own checks say "null", or round in silence."""
-
-    is_template = True  # on the page it is the component of Gradio
-
-    def preprocess(self, payload):
-        return payload
+def as_sent(component, payload):
+    """The value as a client sent it: functions check it, in words. Gradio's checks say "null", or round in silence."""
+    return payload
 
 
-class Slider(AsSent, gr.Slider):
+class Slider(gr.Slider):
     """gr.Slider, unchecked."""
 
+    is_template = True  # on the page it is Gradio's own
+    preprocess = as_sent
 
-class Number(AsSent, gr.Number):
+
+class Number(gr.Number):
     """gr.Number, unchecked."""
 
+    is_template = True
+    preprocess = as_sent
 
-class Dropdown(AsSent, gr.Dropdown):
+
+class Dropdown(gr.Dropdown):
     """gr.Dropdown, unchecked."""
+
+    is_template = True
+    preprocess = as_sent
 
 
 def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) -> list[gr.components.Component]:

@@ -46,8 +46,8 @@ def build(models: Models, prompt: str) -> None:
         )
 
     gr.Markdown(
-        "Queries see the picture through cross-attention. Hot places are looked at most; the picture is shown as the model "
-        "sees it."
+        f"The model sees a picture through {queries} learned queries. Each looks at some places (cross-attention) and sums up "
+        "what is there; hot places are looked at most. The picture is shown as the model sees it."
     )
     with gr.Row():
         with gr.Column():
@@ -57,17 +57,16 @@ def build(models: Models, prompt: str) -> None:
                 head = _choices("Head", range(heads))
                 query = _choices("Query", range(queries))
             run, stop = run_and_stop("Show where it looks")
-            views = [[str(path), str(number % queries)] for number, path in enumerate(EXAMPLES[:4])]
-            gr.Examples(views, inputs=[image, query], label="Examples", api_visibility="private")
         with gr.Column():
             heat = gr.Image(
                 label="Where the queries look",
-                height=380,
+                height=481,
                 interactive=False,
                 format="png",
                 buttons=["fullscreen", "download"],
                 elem_id="heat",
             )
+    gr.Examples([[str(path)] for path in EXAMPLES[:4]], inputs=[image], label="Examples", api_visibility="private")
     with gr.Accordion("Word by word", open=True):
         gr.Markdown(
             "A caption is written, and each word shows the places that it drew on more than the other words did (its attention "
@@ -77,7 +76,7 @@ def build(models: Models, prompt: str) -> None:
             prompt, label="Prompt of the caption", interactive=part.has_language_model, max_length=500
         )
         longest = Slider(1, 40, value=20, step=1, label="Longest", info="New tokens, at most.")
-        run_words, stop_words = run_and_stop("Caption and look, word by word")
+        run_words, stop_words = run_and_stop("Caption, word by word")
         words = gr.Gallery(
             label="Words",
             show_label=False,

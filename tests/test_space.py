@@ -10,13 +10,17 @@ import answers
 import app
 import attention
 import charts
+import chat_tab
 import gradio as gr
+import match_tab
 import matching
 import models as space_models
 import pytest
+import search_tab
 import torch
 import uploads
 import work
+from controls import CAPTIONED
 from mistakes import Mistake
 from PIL import Image
 from settings import RANGES, Settings, check_text, check_texts, check_whole
@@ -467,11 +471,59 @@ def test_an_error_while_streaming_ends_the_stream(loaded):
 def test_texts_from_outside_are_escaped():
     evil = "<img src=x onerror=alert(1)>"
     scores = {"texts": [evil], "itc": [[0.5]], "itm": [[0.25]]}
-    pages = [charts.chart(scores), charts.chart({"texts": [evil], "itc": [[0.5]] * 2, "itm": [[0.25]] * 2})]
+    pages = [
+        charts.chart(scores, [image()]),
+        charts.chart({"texts": [evil], "itc": [[0.5]] * 2, "itm": [[0.25]] * 2}, [image()] * 2),
+    ]
     pages.append(charts.text_ranking([{"text": evil, "itc": 0.5, "itm": None}]))
     for page in pages:
-        assert "<img" not in page and "&lt;img" in page and "0.500" in page
-    assert "0.250" in pages[0] and "picture 2" in pages[1] and charts.chart(None) == ""
+        assert "<img src=x" not in page and "&lt;img" in page and "0.500" in page
+    assert "0.250" in pages[0] and "picture 2" in pages[1] and charts.chart(None, []) == ""
+
+
+def test_a_matrix_has_a_row_for_each_text_and_a_column_for_each_picture():
+    scores = {
+        "texts": ["one", "two", "three"],
+        "itc": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],
+        "itm": [[0.7] * 3, [0.8] * 3],
+    }
+    page = charts.chart(scores, [image("red"), image("blue")])
+    rows = page.split("<tr>")[1:]
+    assert len(rows) == 4 and rows[0].count('<img src="data:image/jpeg;base64,') == 2
+    assert ">two<" in rows[2] and "ITC 0.200" in rows[2] and "ITC 0.500" in rows[2] and "ITC 0.300" not in rows[2]
+    assert "<small>ITM</small> <b>0.800</b>" in rows[2]
+    assert charts.chart(scores, [image()]) == ""  # a picture was taken away in the meantime
+
+
+def test_a_search_that_finds_nothing_says_so():
+    def ranking(*matches):
+        return [{"image": i, "text": "a", "itc": 0.5, "itm": match} for i, match in enumerate(matches)]
+
+    assert "the highest ITM is 0.02" in charts.verdict(ranking(0.02, 0.01, None))
+    assert charts.verdict(ranking(0.01, 0.5)) == charts.verdict(ranking(None)) == charts.verdict(None) == ""
+    assert "Nothing here matches well" in charts.text_ranking(ranking(0.1))
+    shown, sentence = search_tab.show_ranking(["a", "b"], ranking(0.1, 0.2))
+    assert [label for _, label in shown] == ["1. ITC 0.50, ITM 0.10", "2. ITC 0.50, ITM 0.20"] and sentence.visible
+    assert search_tab.show_ranking(["a"], ranking(0.1, 0.2))[0] == []  # a picture was taken away in the meantime
+
+
+def test_examples_are_described_by_the_texts_that_are_there_first():
+    assert match_tab.TEXTS.splitlines()[2] == "a big blue ring above a small red ring" == CAPTIONED[2]
+
+
+@pytest.mark.parametrize(
+    "roles, promised", [((1, 1), "ask about them, match and search"), ((1, 0), "ask"), ((0, 1), "match")]
+)
+def test_the_headline_promises_what_is_there(loaded, roles, promised):
+    parts = [part if there else None for part, there in zip(loaded.parts, roles)]
+    with_tabs = app.build(space_models.Models(*parts)).blocks.values()
+    headline = next(block.value for block in with_tabs if getattr(block, "elem_id", None) == "title")
+    assert promised in headline and ("ask" in headline) == roles[0] and ("match" in headline) == roles[1]
+
+
+def test_turns_that_are_left_out_are_counted():
+    assert "its first turn was left out" in chat_tab.left_out(1)
+    assert "its first 2 turns were left out" in chat_tab.left_out(2)
 
 
 def test_about_reads_the_model_card(loaded, tmp_path):
