@@ -86,6 +86,13 @@ def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) ->
     return panel
 
 
+def picture_examples(image: gr.Image, count: int) -> None:
+    """The first examples with what they show: Gradio's buttons of pictures alone have no name for those who cannot see."""
+    shown = gr.Textbox(label="It shows", visible=False)
+    rows = [[str(path), text] for path, text in zip(EXAMPLES[:count], CAPTIONED)]
+    gr.Examples(rows, inputs=[image, shown], label="Examples", api_visibility="private")
+
+
 def run_and_stop(label: str) -> tuple[gr.Button, gr.Button]:
     """The two buttons under a form."""
     with gr.Row(elem_classes="buttons"):

@@ -3,7 +3,7 @@
 import attention
 import gradio as gr
 from attention import AVERAGE
-from controls import EXAMPLES, MODEL_EVENT, Dropdown, Slider, run_and_stop
+from controls import MODEL_EVENT, Dropdown, Slider, picture_examples, run_and_stop
 from models import Models
 from settings import Settings, check_image, check_text
 from uploads import ImageUpload
@@ -66,7 +66,7 @@ def build(models: Models, prompt: str) -> None:
                 buttons=["fullscreen", "download"],
                 elem_id="heat",
             )
-    gr.Examples([[str(path)] for path in EXAMPLES[:4]], inputs=[image], label="Examples", api_visibility="private")
+    picture_examples(image, 4)
     with gr.Accordion("Word by word", open=True):
         gr.Markdown(
             "A caption is written, and each word shows the places that it drew on more than the other words did (its attention "

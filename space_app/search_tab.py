@@ -3,7 +3,7 @@
 import gradio as gr
 import matching
 from charts import AWAITED, text_ranking, verdict
-from controls import CAPTIONED, EXAMPLES, MODEL_EVENT, Slider, notice, run_and_stop
+from controls import CAPTIONED, EXAMPLES, MODEL_EVENT, Slider, notice, picture_examples, run_and_stop
 from match_tab import TEXTS
 from mistakes import Mistake
 from models import NO_SCORES, Models
@@ -61,8 +61,7 @@ def build(models: Models) -> None:
                     texts = gr.Textbox(TEXTS, label="Texts, one on each line", lines=4, max_lines=12)
                     rerank_texts = _rerank()
                     run_texts, stop_texts = run_and_stop("Rank texts")
-                    shown = [[str(path)] for path in EXAMPLES[:3]]
-                    gr.Examples(shown, inputs=[image], label="Examples", api_visibility="private")
+                    picture_examples(image, 3)
                 with gr.Column():
                     page = gr.HTML(AWAITED, label="Best first", elem_id="text-ranking")
                     with gr.Accordion("Numbers, as the API gives them", open=False):
