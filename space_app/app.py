@@ -139,6 +139,7 @@ def build(models, prompt: str = PROMPT, turns: int = 10):
 
 def launch(page, host: str | None = None, port: int | None = None, share: bool = False, wait: bool = True) -> str:
     """Serves the page; returns its address, at once if not `wait`."""
+    from controls import FOLDER
     from theme import CSS, theme
     from uploads import MAX_MEGABYTES, MEGABYTE
 
@@ -147,7 +148,7 @@ def launch(page, host: str | None = None, port: int | None = None, share: bool =
         "theme": theme(),
         "css_paths": [CSS],
         "max_file_size": int(MAX_MEGABYTES * MEGABYTE),
-        "allowed_paths": [],
+        "allowed_paths": [str(FOLDER)],  # the page may show them from any working directory
         "ssr_mode": False,
         "pwa": False,
         "footer_links": ["api", "settings"],

@@ -5,7 +5,8 @@ from pathlib import Path
 import gradio as gr
 from settings import CAPTIONS, MODES, RANGES
 
-EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
+FOLDER = Path(__file__).resolve().parent / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.png"))
 CAPTIONED = [path.stem.partition("_")[2].replace("_", " ") for path in EXAMPLES]  # their names say what they show
 QUESTIONS = [
     "what color is the big circle?",

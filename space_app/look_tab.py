@@ -51,7 +51,9 @@ def build(models: Models, prompt: str) -> None:
     )
     with gr.Row():
         with gr.Column():
-            image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=320)
+            image = ImageUpload(
+                label="Picture", sources=["upload", "webcam", "clipboard"], height=430, elem_classes="tall"
+            )
             with gr.Row():
                 layer = _choices("Layer", layers)
                 head = _choices("Head", range(heads))
@@ -60,13 +62,13 @@ def build(models: Models, prompt: str) -> None:
         with gr.Column():
             heat = gr.Image(
                 label="Where the queries look",
-                height=481,
+                height=340,
                 interactive=False,
                 format="png",
                 buttons=["fullscreen", "download"],
                 elem_id="heat",
             )
-    picture_examples(image, 4)
+            picture_examples(image, 4)
     with gr.Accordion("Word by word", open=True):
         gr.Markdown(
             "A caption is written, and each word shows the places that it drew on more than the other words did (its attention "

@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folders):
-    with serving("--model", *folders) as (where, _):
+    with serving("--model", *folders, cwd="/") as (where, _):  # examples load from any working directory
         yield where
 
 
