@@ -68,7 +68,7 @@ def build(models: Models, prompt: str) -> None:
                 buttons=["fullscreen", "download"],
                 elem_id="heat",
             )
-            picture_examples(image, 4)
+            picture_examples(image, 3)
     with gr.Accordion("Word by word", open=True):
         gr.Markdown(
             "A caption is written, and each word shows the places that it drew on more than the other words did (its attention "
