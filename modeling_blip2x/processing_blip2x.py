@@ -147,9 +147,11 @@ class Blip2xProcessor(ProcessorMixin):
         if not padding:
             return batch
         offsets = batch.pop("offset_mapping", None)
+        # Texts that were cut are short enough; pad, which does not know that they were, would warn.
+        longest = None if truncation and padding != "max_length" else max_length
         padded = dict(
             self.tokenizer.pad(
-                batch, padding=padding, max_length=max_length, pad_to_multiple_of=multiple, padding_side=padding_side
+                batch, padding=padding, max_length=longest, pad_to_multiple_of=multiple, padding_side=padding_side
             )
         )
         if offsets is not None:  # the tokenizer pads only what it knows

@@ -23,7 +23,8 @@ def save_with_code(model: PreTrainedModel, processor: Blip2xProcessor, folder: s
     """Save model and processor to `folder` together with the source files they need.
 
     `AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)` then works where this package is absent.
-    Where it is installed, the installed code is used.
+    Where it is installed, the installed code is used. The model card (README.md) of the folder that the model was loaded
+    from comes along, unless `folder` has one already: it states the licence, the limits, and how the demo asks.
     """
     folder = Path(folder)
     model.save_pretrained(folder)
@@ -36,6 +37,9 @@ def save_with_code(model: PreTrainedModel, processor: Blip2xProcessor, folder: s
     needed = {Path(file) for entry in entries for file in get_relative_import_files(entry)}
     for source in entries | needed:
         shutil.copy(source, folder)
+    card = Path(model.name_or_path or folder, "README.md")
+    if card.is_file() and not (folder / card.name).exists():
+        shutil.copy(card, folder)
 
 
 def _add_auto_map(file: Path, auto_map: dict[str, str]) -> None:

@@ -3,8 +3,8 @@
 import threading
 from collections.abc import Iterator
 
-import gradio as gr
 import torch
+from mistakes import Mistake
 from models import NO_LANGUAGE_MODEL, Models, Part
 from PIL import Image
 from settings import MAX_TURNS, Settings, check_text
@@ -24,23 +24,28 @@ def room_of(part: Part) -> int:
 
 
 def caption(part: Part, image: Image.Image, prompt: str, settings: Settings, stop: threading.Event) -> list[str]:
-    """`settings.captions` captions that go on from the prompt, the best first.
+    """At most `settings.captions` captions that go on from the prompt, each once, the best first.
 
     Raises:
-        gr.Error: a prompt for a stage-1 checkpoint, or one that leaves no room.
+        Mistake: a prompt for a stage-1 checkpoint, or one that leaves no room.
     """
     torch.manual_seed(settings.seed)
     criteria = {"stopping_criteria": [StopWhenTold(stop)]}
     if not part.has_language_model:
         if prompt:
-            raise gr.Error("This checkpoint captions by its ITG head, which takes no prompt. Leave the prompt empty.")
+            raise Mistake("This checkpoint captions by its ITG head, which takes no prompt. Leave the prompt empty.")
         arguments = settings.generation_arguments(room_of(part) - 1)
         ids = part.model.generate(vision_embeds=part.see([image]), **arguments, **criteria)
-        return [text.strip() for text in part.processor.batch_decode(ids, skip_special_tokens=True)]
+        return different(part.processor.batch_decode(ids, skip_special_tokens=True))
     inputs = prompt_inputs(part, image, prompt)
     arguments = settings.generation_arguments(room_left(part, inputs))
     ids = part.model.generate(**inputs, **arguments, **criteria)
-    return part.processor.batch_decode_new(ids, inputs["input_ids"])
+    return different(part.processor.batch_decode_new(ids, inputs["input_ids"]))
+
+
+def different(texts: list[str]) -> list[str]:
+    """Each text once: sampling may draw one several times."""
+    return list(dict.fromkeys(text.strip() for text in texts))
 
 
 def prompt_inputs(part: Part, image: Image.Image, text: str) -> BatchFeature:
@@ -52,11 +57,11 @@ def prompt_inputs(part: Part, image: Image.Image, text: str) -> BatchFeature:
 
 
 def room_left(part: Part, inputs: BatchFeature) -> int:
-    """Tokens that may still be written after the prompt. Raises gr.Error where there is none."""
+    """Tokens that may still be written after the prompt. Raises Mistake where there is none."""
     taken = 0 if part.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
     left = room_of(part) - taken
     if left < 1 or not _fits(part, inputs, 1):
-        raise gr.Error(f"This text is too long: the language model reads {room_of(part)} tokens. Shorten it.")
+        raise Mistake(f"This text is too long: the language model reads {room_of(part)} tokens. Shorten it.")
     return left
 
 
@@ -69,12 +74,12 @@ def _fits(part: Part, inputs: BatchFeature, new_tokens: int) -> bool:
 
 
 def check_history(history: object) -> list[tuple[str, str]]:
-    """[(question, answer), ...] of what a client sends. Raises gr.Error for anything else."""
+    """[(question, answer), ...] of what a client sends. Raises Mistake for anything else."""
     turns = [] if history is None else history
     if not isinstance(turns, list) or not all(isinstance(turn, (list, tuple)) and len(turn) == 2 for turn in turns):
-        raise gr.Error('The history must be a list of [question, answer] pairs, such as [["what is this?", "a dog"]].')
+        raise Mistake('The history must be a list of [question, answer] pairs, such as [["what is this?", "a dog"]].')
     if len(turns) > MAX_TURNS:
-        raise gr.Error(f"The history has {len(turns)} turns; at most {MAX_TURNS} are taken. Start a new chat.")
+        raise Mistake(f"The history has {len(turns)} turns; at most {MAX_TURNS} are taken. Start a new chat.")
     return [
         (check_text(question, "A question of the history"), check_text(answer, "An answer of the history", False))
         for question, answer in turns
@@ -104,10 +109,10 @@ def chat_text(part: Part, question: str, history: list[tuple[str, str]]) -> str:
 def answer(
     models: Models, image: Image.Image, question: str, history: list[tuple[str, str]], settings: Settings
 ) -> Iterator[tuple[str, int]]:
-    """The answer as it grows, and how many of the first turns had no room. Raises gr.Error without a language model."""
+    """The answer as it grows, and how many of the first turns had no room. Raises Mistake without a language model."""
     part = models.speaker
     if part is None:
-        raise gr.Error(NO_LANGUAGE_MODEL)
+        raise Mistake(NO_LANGUAGE_MODEL)
     dropped = 0
 
     def generate(streamer, stop: threading.Event) -> None:

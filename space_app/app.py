@@ -18,7 +18,7 @@ import tempfile
 SWEEP, KEPT = 600, 3600  # seconds: how often the cache is swept, and how old its files get
 QUEUE = 64  # requests that may wait; more are told to come back
 PROMPT = "a picture of"
-WELCOME = "Caption pictures, ask about them, match and search them with words, and see where the model looks."
+MOST_TURNS = 50
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--turns",
-        type=int,
+        type=number_of_turns,
         default=environment("TURNS"),
         help="Earlier turns of a chat that the model is told; by default as the card says, or 10.",
     )
@@ -66,6 +66,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, help="7860 by default, or the next free one.")
     parser.add_argument("--share", action="store_true", help="A public link through Gradio's servers.")
     return parser.parse_args(argv)
+
+
+def number_of_turns(text: str) -> int:
+    """A whole number from 0 to 50, as the page's slider has."""
+    if not text.isdecimal() or int(text) > MOST_TURNS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {MOST_TURNS}.")
+    return int(text)
 
 
 def own_cache() -> None:
@@ -86,7 +93,7 @@ def defaults(models, arguments: argparse.Namespace) -> tuple[str, int]:
     stated = (card.data.to_dict().get("demo") if card else None) or {}
     prompt = arguments.prompt if arguments.prompt is not None else str(stated.get("prompt", PROMPT))
     turns = arguments.turns if arguments.turns is not None else int(stated.get("turns", 10))
-    return prompt, min(max(turns, 0), 50)
+    return prompt, min(max(turns, 0), MOST_TURNS)
 
 
 def build(models, prompt: str = PROMPT, turns: int = 10):
@@ -98,10 +105,14 @@ def build(models, prompt: str = PROMPT, turns: int = 10):
     import look_tab
     import match_tab
     import search_tab
+    from mistakes import Page
 
     names = " and ".join(part.name for part in models.parts)
-    with gr.Blocks(title=f"blip2x: {names}", analytics_enabled=False, delete_cache=(SWEEP, KEPT)) as page:
-        gr.Markdown(f"# blip2x\n{WELCOME} Here: {names}.", elem_id="title")
+    can = ["Caption pictures"]
+    can += ["ask about them"] if models.speaker else []
+    can += ["match and search them with words"] if models.matcher else []
+    with Page(title=f"blip2x: {names}", analytics_enabled=False, delete_cache=(SWEEP, KEPT)) as page:
+        gr.Markdown(f"# blip2x\n{', '.join(can)}, and see where the model looks. Here: {names}.", elem_id="title")
         with gr.Tabs():
             with gr.Tab("Caption"):
                 caption_tab.build(models, prompt)
@@ -128,24 +139,30 @@ def build(models, prompt: str = PROMPT, turns: int = 10):
 
 def launch(page, host: str | None = None, port: int | None = None, share: bool = False, wait: bool = True) -> str:
     """Serves the page; returns its address, at once if not `wait`."""
+    from controls import FOLDER
     from theme import CSS, theme
-    from uploads import MAX_MEGABYTES
+    from uploads import MAX_MEGABYTES, MEGABYTE
 
-    _, address, _ = page.queue(max_size=QUEUE).launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        theme=theme(),
-        css_paths=[CSS],
-        max_file_size=int(MAX_MEGABYTES * 1e6),
-        allowed_paths=[],
-        ssr_mode=False,
-        pwa=False,
-        footer_links=["api", "settings"],
-        state_session_capacity=1000,
-        prevent_thread_lock=not wait,
-    )
-    return address
+    options = {
+        "share": share,
+        "theme": theme(),
+        "css_paths": [CSS],
+        "max_file_size": int(MAX_MEGABYTES * MEGABYTE),
+        "allowed_paths": [str(FOLDER)],  # the page may show them from any working directory
+        "ssr_mode": False,
+        "pwa": False,
+        "footer_links": ["api", "settings"],
+        "state_session_capacity": 1000,
+        "prevent_thread_lock": not wait,
+    }
+    try:
+        return page.queue(max_size=QUEUE).launch(server_name=host, server_port=port, **options)[1]
+    except (OSError, OverflowError) as error:
+        where = "any port from 7860" if port is None else f"port {port}"
+        raise ValueError(
+            f"Cannot listen at {host or '127.0.0.1'}, {where}: it is taken, or no address of this machine. Name another by "
+            "--port or --host."
+        ) from error
 
 
 if __name__ == "__main__":

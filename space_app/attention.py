@@ -7,10 +7,10 @@ queries, weighted by how much the word, when it was written, attended to each.
 import threading
 from itertools import groupby
 
-import gradio as gr
 import numpy as np
 import torch
 from answers import prompt_inputs, room_left, room_of
+from mistakes import Mistake
 from models import Part
 from PIL import Image
 from settings import Settings
@@ -32,16 +32,12 @@ def shape_of(part: Part) -> tuple[list[int], int, int]:
 
 
 def choice(value: str | int | None, allowed: list[int], what: str) -> int | None:
-    """None for "average", else the number. Raises gr.Error for what the model does not have."""
+    """None for "average", else the number. Raises Mistake for what the model does not have."""
     if value in (None, "", AVERAGE):
         return None
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = None
-    if number not in allowed:
-        raise gr.Error(f"{what} is {value!r}; choose average or one of {', '.join(map(str, allowed))}.")
-    return number
+    if str(value) not in map(str, allowed):  # "3" or 3; neither 3.5 nor True
+        raise Mistake(f"{what} is {value!r}; choose average or one of {', '.join(map(str, allowed))}.")
+    return int(value)
 
 
 @torch.no_grad()
@@ -62,13 +58,13 @@ def grid_of(positions: int, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of a tower's positions, for an image of height x width pixels; tokens without a place come first.
 
     Raises:
-        gr.Error: no grid of this shape has so many positions.
+        Mistake: no grid of this shape has so many positions.
     """
     for places in range(positions, max(positions - 17, 0), -1):  # at most a class token and 16 registers
         rows = round((places * height / width) ** 0.5)
         if rows and places % rows == 0 and abs(rows / (places // rows) - height / width) < 0.5 * height / width / rows:
             return rows, places // rows
-    raise gr.Error(f"The vision tower gives {positions} positions, which are no grid over the picture.")
+    raise Mistake(f"The vision tower gives {positions} positions, which are no grid over the picture.")
 
 
 def average_map(maps: torch.Tensor, query: int | None) -> np.ndarray:

@@ -46,7 +46,11 @@ def build(models: Models, prompt: str) -> None:
         )
         picture, text = check_image(image), check_text(prompt, "The prompt", required=False)
         for found in cancellable(lambda stop: answers.caption(part, picture, text, settings, stop), gr.skip()):
-            yield "\n".join(found) if isinstance(found, list) else found
+            if isinstance(found, list):
+                if len(found) < settings.captions:
+                    gr.Info(f"{settings.captions} captions were drawn, only {len(found)} different.")
+                found = "\n".join(found)
+            yield found
 
     captioned = [
         [str(path), *answers.caption(part, open_upload(path), prompt, Settings(), Event())] for path in EXAMPLES

@@ -1,6 +1,15 @@
 """Scores as HTML: bars, and a matrix for several images. Every text from outside is escaped."""
 
+import base64
+import io
 from html import escape
+
+from PIL import Image
+
+THUMBNAIL = 96  # pixels
+
+
+AWAITED = '<p class="awaited">The scores will be shown here.</p>'
 
 
 def bars(scores: dict) -> str:
@@ -29,27 +38,48 @@ def _bar(name: str, value: float, kind: str) -> str:
     )
 
 
-def matrix(scores: dict) -> str:
-    """A table of images and texts; a cell has the ITM match probability, which colours it, and the ITC cosine."""
-    heads = "".join(f'<th scope="col">{escape(str(text))}</th>' for text in scores["texts"])
+def matrix(scores: dict, images: list[Image.Image]) -> str:
+    """A table of texts (rows) and images (columns); a cell has the ITM match probability, which colours it, and the ITC
+    cosine. Texts are rows because there may be many, and a page is longer than wide."""
+    heads = "".join(
+        f'<th scope="col"><img src="{thumbnail(image)}" alt="">picture {number}</th>'
+        for number, image in enumerate(images, 1)
+    )
     rows = []
-    for number, (itc, itm) in enumerate(zip(scores["itc"], scores["itm"]), 1):
+    for text, itc, itm in zip(scores["texts"], zip(*scores["itc"]), zip(*scores["itm"])):
         cells = "".join(
-            f'<td style="--match:{float(m):.3f}"><b>{float(m):.3f}</b><small>ITC {float(c):.3f}</small></td>'
+            f'<td style="--match:{float(m):.3f}"><small>ITM</small> <b>{float(m):.3f}</b>'
+            f"<small><br>ITC {float(c):.3f}</small></td>"
             for c, m in zip(itc, itm)
         )
-        rows.append(f'<tr><th scope="row">picture {number}</th>{cells}</tr>')
+        rows.append(f'<tr><th scope="row">{escape(str(text))}</th>{cells}</tr>')
     return (
         '<div class="matrix-frame" tabindex="0" role="region" aria-label="Scores of each picture and text">'
         f'<table class="matrix"><thead><tr><td></td>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{LEGEND}'
     )
 
 
-def chart(scores: dict | None) -> str:
-    """Bars for one image, a matrix for several."""
-    if not scores:
+def thumbnail(image: Image.Image) -> str:
+    """A small JPEG as an address, so that the page needs no file."""
+    small, file = image.copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(file, "JPEG")
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def chart(scores: dict | None, images: list[Image.Image]) -> str:
+    """Bars for one image, a matrix for several. Nothing where other pictures than those of the scores are there by now."""
+    if not scores or len(images) != len(scores["itc"]):
         return ""
-    return bars(scores) if len(scores["itc"]) == 1 else matrix(scores)
+    return bars(scores) if len(images) == 1 else matrix(scores, images)
+
+
+def verdict(ranking: list[dict] | None) -> str:
+    """A sentence where none of the ranked fits: ITM's head chooses between two, so below a half it says no."""
+    matches = [row["itm"] for row in ranking or [] if row["itm"] is not None]
+    if not matches or max(matches) >= 0.5:
+        return ""
+    return f"Nothing here matches well: the highest ITM is {max(matches):.2f}. The first ones only come closest."
 
 
 def text_ranking(ranking: list[dict] | None) -> str:
@@ -61,4 +91,5 @@ def text_ranking(ranking: list[dict] | None) -> str:
         f"{'' if row['itm'] is None else _bar('ITM', row['itm'], 'itm')}</li>"
         for row in ranking
     ]
-    return f'<ol class="bars">{"".join(rows)}</ol>{LEGEND}'
+    doubt = f'<p class="verdict">{sentence}</p>' if (sentence := verdict(ranking)) else ""
+    return f'{doubt}<ol class="bars">{"".join(rows)}</ol>{LEGEND}'

@@ -2,13 +2,17 @@
 
 import answers
 import gradio as gr
-from controls import EXAMPLES, MODEL_EVENT, QUESTIONS, notice, settings_panel
+from controls import EXAMPLES, MODEL_EVENT, QUESTIONS, Slider, notice, settings_panel
 from models import NO_LANGUAGE_MODEL, Models
-from settings import MAX_TURNS, Settings, check_image, check_text
+from settings import MAX_TURNS, Settings, check_image, check_text, check_whole
 from uploads import ImageUpload
 from work import with_plain_errors
 
-LEFT_OUT = "The language model has no room for the whole chat: the first {} of its turns were left out."
+
+def left_out(turns: int) -> str:
+    """What the visitor is told where the first turns of a chat had no room."""
+    which = "its first turn was" if turns == 1 else f"its first {turns} turns were"
+    return f"The language model has no room for the whole chat: {which} left out."
 
 
 def turns_of(messages: list[dict]) -> list[tuple[str, str]]:
@@ -94,27 +98,28 @@ def build(models: Models, turns: int) -> None:
                 return
             if dropped and not told:
                 told = True
-                gr.Info(LEFT_OUT.format(dropped))
-            note = LEFT_OUT.format(dropped) if dropped else ""
+                gr.Info(left_out(dropped))
+            note = left_out(dropped) if dropped else ""
             yield [*messages, {"role": "assistant", "content": text or "…"}], note
         if not text:
             yield [*messages, {"role": "assistant", "content": "(no answer)"}], note
 
     def _answers(image, question, history, turns, settings: Settings):
         picture, asked = check_image(image), check_text(question, "The question")
-        if not isinstance(turns, (int, float)) or not 0 <= turns <= MAX_TURNS:
-            raise gr.Error(f"Earlier turns is {turns!r}; it must lie between 0 and {MAX_TURNS}.")
-        told = answers.check_history(history)[-int(turns) :] if turns else []
+        count, before = check_whole(turns, "Earlier turns", MAX_TURNS), answers.check_history(history)
+        told = before[-count:] if count else []
         yield from answers.answer(models, picture, asked, told, settings)
 
     on = notice(None if models.speaker else NO_LANGUAGE_MODEL)
     with gr.Row(visible=on):
         with gr.Column():
-            image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=320)
+            image = ImageUpload(
+                label="Picture", sources=["upload", "webcam", "clipboard"], height=543, elem_classes="tall"
+            )
         with gr.Column():
             chat = gr.Chatbot(
                 label="Chat",
-                height=320,
+                height=380,
                 placeholder="Choose a picture, then ask about it.",
                 render_markdown=False,
                 buttons=[],
@@ -129,7 +134,7 @@ def build(models: Models, turns: int) -> None:
                 clear = gr.Button("Clear", min_width=80)
     with gr.Column(visible=on):
         with gr.Accordion("Memory", open=False):
-            remembered = gr.Slider(
+            remembered = Slider(
                 0,
                 MAX_TURNS,
                 value=turns,

@@ -5,7 +5,9 @@ from pathlib import Path
 import gradio as gr
 from settings import CAPTIONS, MODES, RANGES
 
-EXAMPLES = sorted((Path(__file__).parent / "examples").glob("*.png"))
+FOLDER = Path(__file__).resolve().parent / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.png"))
+CAPTIONED = [path.stem.partition("_")[2].replace("_", " ") for path in EXAMPLES]  # their names say what they show
 QUESTIONS = [
     "what color is the big circle?",
     "how many squares are there?",
@@ -14,6 +16,32 @@ QUESTIONS = [
 ]
 # One model, one request at a time: all that use it wait in one line.
 MODEL_EVENT = {"concurrency_id": "models", "concurrency_limit": 1}
+
+
+def as_sent(component, payload):
+    """The value as a client sent it: functions check it, in words. Gradio's checks say "null", or round in silence."""
+    return payload
+
+
+class Slider(gr.Slider):
+    """gr.Slider, unchecked."""
+
+    is_template = True  # on the page it is Gradio's own
+    preprocess = as_sent
+
+
+class Number(gr.Number):
+    """gr.Number, unchecked."""
+
+    is_template = True
+    preprocess = as_sent
+
+
+class Dropdown(gr.Dropdown):
+    """gr.Dropdown, unchecked."""
+
+    is_template = True
+    preprocess = as_sent
 
 
 def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) -> list[gr.components.Component]:
@@ -31,10 +59,10 @@ def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) ->
         with gr.Row(equal_height=False):
             for name, limits in RANGES.items():
                 if name == "seed":
-                    number = gr.Number(0, label=limits.label, info=limits.info, precision=0, minimum=0, min_width=220)
+                    number = Number(0, label=limits.label, info=limits.info, precision=0, minimum=0, min_width=220)
                     panel.append(number)
                     continue
-                slider = gr.Slider(
+                slider = Slider(
                     limits.low,
                     limits.high,
                     value=starts.get(name, limits.start),
@@ -46,7 +74,7 @@ def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) ->
                 panel.append(slider)
             if captions:
                 panel.append(
-                    gr.Slider(
+                    Slider(
                         CAPTIONS.low,
                         CAPTIONS.high,
                         value=CAPTIONS.start,
@@ -57,6 +85,13 @@ def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) ->
                     )
                 )
     return panel
+
+
+def picture_examples(image: gr.Image, count: int) -> None:
+    """The first examples with what they show: Gradio's buttons of pictures alone have no name for those who cannot see."""
+    shown = gr.Textbox(label="It shows", visible=False)
+    rows = [[str(path), text] for path, text in zip(EXAMPLES[:count], CAPTIONED)]
+    gr.Examples(rows, inputs=[image, shown], label="Examples", api_visibility="private")
 
 
 def run_and_stop(label: str) -> tuple[gr.Button, gr.Button]:

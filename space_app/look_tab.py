@@ -3,7 +3,7 @@
 import attention
 import gradio as gr
 from attention import AVERAGE
-from controls import EXAMPLES, MODEL_EVENT, run_and_stop
+from controls import MODEL_EVENT, Dropdown, Slider, picture_examples, run_and_stop
 from models import Models
 from settings import Settings, check_image, check_text
 from uploads import ImageUpload
@@ -46,28 +46,29 @@ def build(models: Models, prompt: str) -> None:
         )
 
     gr.Markdown(
-        "Queries see the picture through cross-attention. Hot places are looked at most; the picture is shown as the model "
-        "sees it."
+        f"The model sees a picture through {queries} learned queries. Each looks at some places (cross-attention) and sums up "
+        "what is there; hot places are looked at most. The picture is shown as the model sees it."
     )
     with gr.Row():
         with gr.Column():
-            image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=320)
+            image = ImageUpload(
+                label="Picture", sources=["upload", "webcam", "clipboard"], height=430, elem_classes="tall"
+            )
             with gr.Row():
                 layer = _choices("Layer", layers)
                 head = _choices("Head", range(heads))
                 query = _choices("Query", range(queries))
             run, stop = run_and_stop("Show where it looks")
-            views = [[str(path), str(number % queries)] for number, path in enumerate(EXAMPLES[:4])]
-            gr.Examples(views, inputs=[image, query], label="Examples", api_visibility="private")
         with gr.Column():
             heat = gr.Image(
                 label="Where the queries look",
-                height=380,
+                height=340,
                 interactive=False,
                 format="png",
                 buttons=["fullscreen", "download"],
                 elem_id="heat",
             )
+            picture_examples(image, 3)
     with gr.Accordion("Word by word", open=True):
         gr.Markdown(
             "A caption is written, and each word shows the places that it drew on more than the other words did (its attention "
@@ -76,8 +77,8 @@ def build(models: Models, prompt: str) -> None:
         words_prompt = gr.Textbox(
             prompt, label="Prompt of the caption", interactive=part.has_language_model, max_length=500
         )
-        longest = gr.Slider(1, 40, value=20, step=1, label="Longest", info="New tokens, at most.")
-        run_words, stop_words = run_and_stop("Caption and look, word by word")
+        longest = Slider(1, 40, value=20, step=1, label="Longest", info="New tokens, at most.")
+        run_words, stop_words = run_and_stop("Caption, word by word")
         words = gr.Gallery(
             label="Words",
             show_label=False,
@@ -110,5 +111,5 @@ def build(models: Models, prompt: str) -> None:
     stop_words.click(None, cancels=[words_event])
 
 
-def _choices(label: str, numbers) -> gr.Dropdown:
-    return gr.Dropdown([AVERAGE, *map(str, numbers)], value=AVERAGE, label=label, min_width=130, filterable=False)
+def _choices(label: str, numbers) -> Dropdown:
+    return Dropdown([AVERAGE, *map(str, numbers)], value=AVERAGE, label=label, min_width=130, filterable=False)

@@ -2,14 +2,16 @@
 
 import gradio as gr
 import matching
-from charts import chart
-from controls import EXAMPLES, MODEL_EVENT, notice, run_and_stop
+from charts import AWAITED, chart
+from controls import CAPTIONED, EXAMPLES, MODEL_EVENT, notice, run_and_stop
+from mistakes import Mistake
 from models import NO_SCORES, Models
 from settings import check_texts
 from uploads import GalleryUpload
 from work import cancellable, with_plain_errors
 
-TEXTS = "a small red circle left of a big green circle\na big green circle\na small green circle left of a big red circle\na big yellow triangle"
+# What the first examples show, and the same words in another order.
+TEXTS = "\n".join([*CAPTIONED[:3], "a small green circle left of a big red circle"])
 
 
 def build(models: Models) -> None:
@@ -17,20 +19,20 @@ def build(models: Models) -> None:
     def match(images, texts: str, progress=gr.Progress()):  # noqa: B008  (how Gradio hands it in)
         lines = check_texts(texts)
         if not images:
-            raise gr.Error("There is no picture. Upload one or more, or load the examples.")
+            raise Mistake("There is no picture. Upload one or more, or load the examples.")
         yield from cancellable(lambda stop: matching.match(models, images, lines, stop, progress), gr.skip())
 
     on = notice(None if models.matcher else NO_SCORES)
     with gr.Row(visible=on):
         with gr.Column():
-            images = GalleryUpload(label="Pictures", columns=3, height=260, object_fit="contain")
+            images = GalleryUpload(label="Pictures", columns=3, height=260, object_fit="contain", file_types=["image"])
             load = gr.Button("Load example pictures", size="sm")
             texts = gr.Textbox(TEXTS, label="Texts, one on each line", lines=4, max_lines=12)
             run, stop = run_and_stop("Match")
         with gr.Column():
-            page = gr.HTML(label="Scores", elem_id="match-chart")
-            with gr.Accordion("Numbers", open=False):
-                scores = gr.JSON(label="Scores")
+            page = gr.HTML(AWAITED, label="Scores", elem_id="match-chart")
+            with gr.Accordion("Numbers, as the API gives them", open=False):
+                scores = gr.JSON(label="Scores: a row for each picture, a column for each text")
     load.click(lambda: [str(path) for path in EXAMPLES[:3]], None, images, api_visibility="private")
     event = run.click(
         match,
@@ -41,5 +43,5 @@ def build(models: Models) -> None:
         "N x M.",
         **MODEL_EVENT,
     )
-    event.success(chart, scores, page, queue=False, api_visibility="private")
+    event.success(chart, [scores, images], page, queue=False, api_visibility="private")
     stop.click(None, cancels=[event])

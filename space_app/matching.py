@@ -3,8 +3,8 @@
 import threading
 from collections.abc import Callable
 
-import gradio as gr
 import torch
+from mistakes import Mistake
 from models import NO_SCORES, Models, Part
 from PIL import Image
 from work import Stopped
@@ -15,9 +15,9 @@ Progress = Callable[[tuple[int, int], str], object]
 
 
 def matcher_of(models: Models) -> Part:
-    """The part that scores. Raises gr.Error where there is none."""
+    """The part that scores. Raises Mistake where there is none."""
     if models.matcher is None:
-        raise gr.Error(NO_SCORES)
+        raise Mistake(NO_SCORES)
     return models.matcher
 
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -27,6 +28,7 @@ from transformers import (
 QUICKSTART = Path("runs") / "quickstart"
 REMEMBERED = 64  # encoded images, so that a second question or search does not run the tower again
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONVERTIBLE = ("blip-2", "instructblip")  # what modeling_blip2x.convert reads
 QUANTIZATIONS = ("none", "8bit", "4bit")
 NO_LANGUAGE_MODEL = (
     "This checkpoint has no language model (it is of stage 1), so it cannot answer questions. It captions by its ITG head; "
@@ -132,8 +134,7 @@ def load_models(
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}.")
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}; choose one of {', '.join(QUANTIZATIONS)}.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _device(device)
     if quantization != "none" and not device.startswith("cuda"):
         raise ValueError(f"quantization {quantization} needs a GPU, and the device is {device}. Set it to none.")
     roles: dict[str, Part] = {}
@@ -154,18 +155,8 @@ def _load(checkpoint: str, device: str, dtype: str, quantization: str) -> Part:
     carried = importlib.util.find_spec("modeling_blip2x") is None
     if not carried:
         import modeling_blip2x  # noqa: F401  (registers the classes)
-    try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=carried)
-    except (OSError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{checkpoint} cannot be loaded: {cause} Name a folder or hub id with a blip2x checkpoint."
-        ) from error
-    if config.model_type != "blip2x":
-        raise ValueError(
-            f"{checkpoint} is a {config.model_type} checkpoint, not blip2x. Convert it first: "
-            f"python -m modeling_blip2x.convert {checkpoint} FOLDER"
-        )
+    _check(_read_config(checkpoint), checkpoint, carried)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=carried)
     auto_class = AutoModelForPreTraining if config.text_config is None else AutoModelForImageTextToText
     options = {"dtype": DTYPES[dtype]}
     if quantization != "none":
@@ -177,6 +168,58 @@ def _load(checkpoint: str, device: str, dtype: str, quantization: str) -> Part:
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=carried)
     model.check_processor(processor)
     return Part(name_of(checkpoint), checkpoint, model, processor, quantization)
+
+
+def _read_config(checkpoint: str) -> dict:
+    try:
+        return PreTrainedConfig.get_config_dict(checkpoint)[0]
+    except (OSError, ValueError) as error:
+        cause = str(error).strip().splitlines()[0]
+        if os.path.isdir(checkpoint):
+            raise ValueError(f"{checkpoint} cannot be loaded: {cause} Name a folder of a blip2x checkpoint.") from error
+        # transformers speaks of the network alone, and a misspelt folder is the likelier cause.
+        raise ValueError(
+            f"There is no folder {checkpoint} here, and it was not found on the hub: {cause} Name a folder or hub id with a "
+            "blip2x checkpoint; a private one needs `hf auth login`, or HF_TOKEN."
+        ) from error
+
+
+def _check(config: dict, checkpoint: str, carried: bool) -> None:
+    """Raises ValueError where no blip2x checkpoint can be made of it here."""
+    kind = config.get("model_type")
+    if kind is None:
+        raise ValueError(
+            f"{checkpoint} has no config.json that names a model. Name a folder or hub id of a blip2x checkpoint."
+        )
+    if kind in CONVERTIBLE:
+        raise ValueError(
+            f"{checkpoint} is a {kind} checkpoint, not blip2x. Convert it first: "
+            f"python -m modeling_blip2x.convert {checkpoint} FOLDER"
+        )
+    if kind != "blip2x":
+        raise ValueError(
+            f"{checkpoint} is a {kind} checkpoint, no BLIP-2 model. Name a folder or hub id with a blip2x checkpoint, such as "
+            "stage1 or stage2 of a quickstart output."
+        )
+    if carried and "auto_map" not in config:
+        raise ValueError(
+            f"{checkpoint} does not carry its code, and the package blip2x is not installed here. Save it anew with "
+            "modeling_blip2x.sharing_blip2x.save_with_code where it is, or name the package in requirements.txt."
+        )
+
+
+def _device(name: str) -> str:
+    """The device, once a tensor has been there: "auto" is a GPU where there is one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"The device {name} is not to be had here ({cause}). Choose auto, cpu, cuda, cuda:1 or mps, as this machine has."
+        ) from error
+    return name
 
 
 def name_of(checkpoint: str) -> str:

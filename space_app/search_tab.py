@@ -2,11 +2,12 @@
 
 import gradio as gr
 import matching
-from charts import text_ranking
-from controls import EXAMPLES, MODEL_EVENT, notice, run_and_stop
+from charts import AWAITED, text_ranking, verdict
+from controls import CAPTIONED, EXAMPLES, MODEL_EVENT, Slider, notice, picture_examples, run_and_stop
 from match_tab import TEXTS
+from mistakes import Mistake
 from models import NO_SCORES, Models
-from settings import check_image, check_text, check_texts
+from settings import check_image, check_text, check_texts, check_whole
 from uploads import MAX_IMAGES, GalleryUpload, ImageUpload
 from work import cancellable, with_plain_errors
 
@@ -14,59 +15,56 @@ from work import cancellable, with_plain_errors
 def build(models: Models) -> None:
     @with_plain_errors
     def search(images, query: str, rerank: int = matching.RERANKED, progress=gr.Progress()):  # noqa: B008
-        text, count = check_text(query, "The query"), _check_rerank(rerank)
+        text, count = check_text(query, "The query"), check_whole(rerank, "Re-ranked", MAX_IMAGES)
         if not images:
-            raise gr.Error("There is no picture to search. Upload some, or load the examples.")
+            raise Mistake("There is no picture to search. Upload some, or load the examples.")
         yield from cancellable(
             lambda stop: matching.rank_images(models, images, text, count, stop, progress), gr.skip()
         )
 
     @with_plain_errors
     def search_texts(image, texts: str, rerank: int = matching.RERANKED, progress=gr.Progress()):  # noqa: B008
-        picture, lines, count = check_image(image), check_texts(texts), _check_rerank(rerank)
+        picture, lines = check_image(image), check_texts(texts)
+        count = check_whole(rerank, "Re-ranked", MAX_IMAGES)
         yield from cancellable(
             lambda stop: matching.rank_texts(models, picture, lines, count, stop, progress), gr.skip()
         )
 
     on = notice(None if models.matcher else NO_SCORES)
     with gr.Column(visible=on):
-        rerank = gr.Slider(
-            0,
-            MAX_IMAGES,
-            value=matching.RERANKED,
-            step=1,
-            label="Re-ranked by ITM",
-            info="ITC ranks all; ITM, slower and finer, orders this many of the best again.",
-        )
         with gr.Tabs():
             with gr.Tab("Pictures for a text"), gr.Row():
                 with gr.Column():
-                    gallery = GalleryUpload(label="Your pictures", columns=4, height=260, object_fit="contain")
+                    gallery = GalleryUpload(
+                        label="Your pictures", columns=4, height=320, object_fit="contain", file_types=["image"]
+                    )
                     load = gr.Button("Load example pictures", size="sm")
-                    query = gr.Textbox(label="Query", placeholder="a big red circle", max_length=500)
+                    query = gr.Textbox(label="Query", placeholder=CAPTIONED[2], max_length=500)
+                    rerank = _rerank()
                     run, stop = run_and_stop("Search")
                 with gr.Column():
+                    doubt = gr.Markdown(elem_classes="verdict", elem_id="doubt", visible=False)
                     found = gr.Gallery(
                         label="Best first",
                         show_label=False,
-                        columns=2,
+                        columns=3,
                         height=420,
                         object_fit="contain",
                         interactive=False,
                         elem_id="found",
                     )
-                    with gr.Accordion("Numbers", open=False):
-                        ranking = gr.JSON(label="Ranking")
+                    with gr.Accordion("Numbers, as the API gives them", open=False):
+                        ranking = gr.JSON(label="Ranking; pictures are counted from 0")
             with gr.Tab("Texts for a picture"), gr.Row():
                 with gr.Column():
                     image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=260)
                     texts = gr.Textbox(TEXTS, label="Texts, one on each line", lines=4, max_lines=12)
-                    pairs = [[str(path), TEXTS] for path in EXAMPLES[:3]]
-                    gr.Examples(pairs, inputs=[image, texts], label="Examples", api_visibility="private")
+                    rerank_texts = _rerank()
                     run_texts, stop_texts = run_and_stop("Rank texts")
+                    picture_examples(image, 3)
                 with gr.Column():
-                    page = gr.HTML(label="Best first", elem_id="text-ranking")
-                    with gr.Accordion("Numbers", open=False):
+                    page = gr.HTML(AWAITED, label="Best first", elem_id="text-ranking")
+                    with gr.Accordion("Numbers, as the API gives them", open=False):
                         text_order = gr.JSON(label="Ranking")
     load.click(lambda: [str(path) for path in EXAMPLES], None, gallery, api_visibility="private")
     event = gr.on(
@@ -78,11 +76,11 @@ def build(models: Models) -> None:
         api_description="Pictures for a text, best first: [{image: number from 0, itc: cosine, itm: match probability or null}].",
         **MODEL_EVENT,
     )
-    event.success(show_ranking, [gallery, ranking], found, queue=False, api_visibility="private")
+    event.success(show_ranking, [gallery, ranking], [found, doubt], queue=False, api_visibility="private")
     stop.click(None, cancels=[event])
     text_event = run_texts.click(
         search_texts,
-        [image, texts, rerank],
+        [image, texts, rerank_texts],
         text_order,
         api_name="search_texts",
         api_description="Texts (one on each line) for a picture, best first.",
@@ -92,16 +90,24 @@ def build(models: Models) -> None:
     stop_texts.click(None, cancels=[text_event])
 
 
-def _check_rerank(rerank) -> int:
-    if not isinstance(rerank, (int, float)) or not 0 <= rerank <= MAX_IMAGES:
-        raise gr.Error(f"Re-ranked is {rerank!r}; it must lie between 0 and {MAX_IMAGES}.")
-    return int(rerank)
-
-
 def show_ranking(images, ranking: list[dict] | None):
-    """The ranked pictures with their scores below them."""
-    shown = []
+    """The ranked pictures with their scores below them, and a sentence where none matches."""
+    shown, sentence = [], verdict(ranking)
     for place, row in enumerate(ranking or [], 1):
+        if row["image"] >= len(images):  # taken away while the search went on
+            return [], gr.Markdown(visible=False)
         match = "" if row["itm"] is None else f", ITM {row['itm']:.2f}"
         shown.append((images[row["image"]], f"{place}. ITC {row['itc']:.2f}{match}"))
-    return shown
+    return shown, gr.Markdown(sentence, visible=bool(sentence))
+
+
+def _rerank() -> Slider:
+    with gr.Accordion("Settings", open=False):
+        return Slider(
+            0,
+            MAX_IMAGES,
+            value=matching.RERANKED,
+            step=1,
+            label="Re-ranked by ITM",
+            info="ITC ranks all; ITM, slower and finer, orders this many of the best again.",
+        )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import gradio as gr
+from mistakes import Mistake
 
 MAX_TEXT = 500  # characters of a prompt, question or text
 MAX_TEXTS = 50  # lines
@@ -33,7 +33,7 @@ RANGES = {
     "repetition_penalty": Range("Repetition penalty", 1, 5, 0.5, 1, "Above 1 avoids words said before."),
     "seed": Range("Seed", 0, 2**31 - 1, 1, 0, "The same seed draws the same words."),
 }
-CAPTIONS = Range("Captions", 1, 5, 1, 1, "How many different ones.")
+CAPTIONS = Range("Captions", 1, 5, 1, 1, "How many; draws that turn out the same are shown once.")
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class Settings:
 
     def __post_init__(self):
         if self.decoding not in MODES:
-            raise gr.Error(f"Decoding is {self.decoding!r}; choose beam or nucleus.")
+            raise Mistake(f"Decoding is {self.decoding!r}; choose beam or nucleus.")
         for name, limits in {**RANGES, "captions": CAPTIONS}.items():
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise gr.Error(f"{limits.label} must be a number, not {value!r}.")
+                raise Mistake(f"{limits.label} must be a number, not {value!r}.")
             if not limits.low <= value <= limits.high:
-                raise gr.Error(f"{limits.label} is {value:g}; it must lie between {limits.low:g} and {limits.high:g}.")
+                raise Mistake(f"{limits.label} is {value:g}; it must lie between {limits.low:g} and {limits.high:g}.")
             if isinstance(limits.step, int):
                 if value != int(value):
-                    raise gr.Error(f"{limits.label} is {value:g}; it must be a whole number.")
+                    raise Mistake(f"{limits.label} is {value:g}; it must be a whole number.")
                 object.__setattr__(self, name, int(value))
         if self.min_length > self.max_length:
-            raise gr.Error(f"Shortest ({self.min_length}) is above longest ({self.max_length}).")
+            raise Mistake(f"Shortest ({self.min_length}) is above longest ({self.max_length}).")
 
     @property
     def streams(self) -> bool:
@@ -90,14 +90,14 @@ class Settings:
 
 
 def check_text(text: str | None, what: str, required: bool = True) -> str:
-    """The text without outer spaces. Raises gr.Error where it is missing, too long or not a text."""
+    """The text without outer spaces. Raises Mistake where it is missing, too long or not a text."""
     if text is not None and not isinstance(text, str):
-        raise gr.Error(f"{what} must be a text, not {type(text).__name__}.")
+        raise Mistake(f"{what} must be a text, not {type(text).__name__}.")
     text = " ".join((text or "").split())
     if required and not text:
-        raise gr.Error(f"{what} is empty. Write something first.")
+        raise Mistake(f"{what} is empty. Write something first.")
     if len(text) > MAX_TEXT:
-        raise gr.Error(f"{what} has {len(text)} characters; at most {MAX_TEXT} are taken.")
+        raise Mistake(f"{what} has {len(text)} characters; at most {MAX_TEXT} are taken.")
     return text
 
 
@@ -105,14 +105,21 @@ def check_texts(texts: str | None) -> list[str]:
     """The lines of a text box that are not empty."""
     lines = [line for line in (texts or "").splitlines() if line.strip()]
     if not lines:
-        raise gr.Error("There is no text. Write one on each line.")
+        raise Mistake("There is no text. Write one on each line.")
     if len(lines) > MAX_TEXTS:
-        raise gr.Error(f"These are {len(lines)} texts; at most {MAX_TEXTS} are taken.")
+        raise Mistake(f"These are {len(lines)} texts; at most {MAX_TEXTS} are taken.")
     return [check_text(line, f"Text {number}") for number, line in enumerate(lines, 1)]
 
 
+def check_whole(value: object, what: str, high: int) -> int:
+    """The whole number from 0 to `high`. Raises Mistake for anything else."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value not in range(high + 1):
+        raise Mistake(f"{what} is {value!r}; it must be a whole number from 0 to {high}.")
+    return int(value)
+
+
 def check_image(image):
-    """The image. Raises gr.Error where there is none."""
+    """The image. Raises Mistake where there is none."""
     if image is None:
-        raise gr.Error("There is no picture. Upload one, paste one, or choose an example.")
+        raise Mistake("There is no picture. Upload one, paste one, or choose an example.")
     return image

@@ -9,11 +9,15 @@ import warnings
 from pathlib import Path
 
 import gradio as gr
+from gradio.components.gallery import GalleryData
 from gradio_client.utils import is_http_url_like
+from mistakes import Mistake
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import model_validator
 
 Image.init()  # all of Pillow's readers, so that those of FORMATS are there
 FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF") if name in Image.OPEN]
+MEGABYTE = 2**20  # as Gradio counts, whose page says "20.0 MB"
 MAX_MEGABYTES = float(os.environ.get("BLIP2X_MAX_MEGABYTES", "20"))
 MAX_MEGAPIXELS = float(os.environ.get("BLIP2X_MAX_MEGAPIXELS", "40"))
 MAX_IMAGES = 64  # in a gallery
@@ -24,11 +28,11 @@ def open_upload(path: str | Path) -> Image.Image:
     """The picture in a file: upright, RGB, at most 1024 pixels a side.
 
     Raises:
-        gr.Error: too large on disk or in pixels, cut off, or not a picture.
+        Mistake: too large on disk or in pixels, cut off, or not a picture.
     """
-    megabytes = os.path.getsize(path) / 1e6
+    megabytes = os.path.getsize(path) / MEGABYTE
     if megabytes > MAX_MEGABYTES:
-        raise gr.Error(f"This file has {megabytes:.1f} MB; at most {MAX_MEGABYTES:g} MB are taken. Send a smaller one.")
+        raise Mistake(f"This file has {megabytes:.1f} MB; at most {MAX_MEGABYTES:g} MB are taken. Send a smaller one.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is lower
@@ -39,22 +43,22 @@ def open_upload(path: str | Path) -> Image.Image:
             upright = ImageOps.exif_transpose(image)
         upright.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
         return on_white(upright)
-    except gr.Error:  # a ValueError
+    except Mistake:  # a ValueError
         raise
     except UnidentifiedImageError as error:
-        raise gr.Error("This file is not a picture. Send a JPEG, PNG, WebP, GIF, BMP or AVIF file.") from error
+        raise Mistake("This file is not a picture. Send a JPEG, PNG, WebP, GIF, BMP or AVIF file.") from error
     except Image.DecompressionBombError as error:
-        raise gr.Error(
+        raise Mistake(
             f"This picture has far too many pixels; at most {MAX_MEGAPIXELS:g} megapixels are taken."
         ) from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
-        raise gr.Error("This picture is damaged or cut off. Save it again and send it once more.") from error
+        raise Mistake("This picture is damaged or cut off. Save it again and send it once more.") from error
 
 
 def _check_size(image: Image.Image) -> None:
     megapixels = image.width * image.height / 1e6
     if megapixels > MAX_MEGAPIXELS:
-        raise gr.Error(
+        raise Mistake(
             f"This picture has {megapixels:.0f} megapixels ({image.width} x {image.height}); at most "
             f"{MAX_MEGAPIXELS:g} are taken. Send a smaller one."
         )
@@ -71,16 +75,16 @@ def on_white(image: Image.Image) -> Image.Image:
 
 def _check_file(file) -> str:
     if file.url and file.url.startswith("data:"):
-        raise gr.Error("Send the picture as a file, not as a data address.")
+        raise Mistake("Send the picture as a file, not as a data address.")
     if not file.path:
-        raise gr.Error("There is no picture. Upload one, paste one, or choose an example.")
+        raise Mistake("There is no picture. Upload one, paste one, or choose an example.")
     return file.path
 
 
 def _check_resource(path: str | None) -> None:
-    """Raises gr.Error for an address, which Gradio would fetch for a client of the API."""
+    """Raises Mistake for an address, which Gradio would fetch for a client of the API."""
     if path is not None and is_http_url_like(str(path)):
-        raise gr.Error("Addresses are not fetched. Send the picture itself.")
+        raise Mistake("Addresses are not fetched. Send the picture itself.")
 
 
 class ImageUpload(gr.Image):
@@ -96,10 +100,27 @@ class ImageUpload(gr.Image):
         return None if payload is None else open_upload(_check_file(payload))
 
 
+class Pictures(GalleryData):
+    """A gallery's value. Clients may send what comes to mind: [file, ...] or [(file, caption), ...]."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def in_full(cls, sent):
+        return [_entry(one) for one in sent] if isinstance(sent, list) else sent
+
+
+def _entry(sent):
+    """{"image": file, "caption": ...}, as a gallery writes it."""
+    if isinstance(sent, (list, tuple)) and len(sent) == 2:
+        return {"image": sent[0], "caption": sent[1]}
+    return {"image": sent} if isinstance(sent, dict) and "path" in sent else sent
+
+
 class GalleryUpload(gr.Gallery):
     """gr.Gallery whose value in functions is a list of checked PIL images."""
 
     is_template = True
+    data_model = Pictures
 
     async def async_move_resource_to_block_cache(self, url_or_file_path):
         _check_resource(url_or_file_path)
@@ -108,7 +129,7 @@ class GalleryUpload(gr.Gallery):
     def preprocess(self, payload):
         entries = [] if payload is None else payload.root
         if len(entries) > MAX_IMAGES:
-            raise gr.Error(f"These are {len(entries)} pictures; at most {MAX_IMAGES} are taken at once.")
+            raise Mistake(f"These are {len(entries)} pictures; at most {MAX_IMAGES} are taken at once.")
         if any(not hasattr(entry, "image") for entry in entries):
-            raise gr.Error("Videos are not taken. Send pictures.")
+            raise Mistake("Videos are not taken. Send pictures.")
         return [open_upload(_check_file(entry.image)) for entry in entries]

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import gradio as gr
 import torch
+from mistakes import Mistake
 from transformers import StoppingCriteria, TextIteratorStreamer
 
 LOOK_UP = 0.2  # seconds
@@ -116,8 +117,9 @@ def with_plain_errors(function: Callable) -> Callable:
             if is_out_of_memory(error):
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
-                raise gr.Error(OUT_OF_MEMORY) from error
+                logger.warning("%s ran out of memory: %s", function.__name__, error)
+                raise Mistake(OUT_OF_MEMORY) from error
             logger.exception("%s failed", function.__name__)
-            raise gr.Error("Something went wrong here, not with what you sent. Try again.") from error
+            raise Mistake("Something went wrong here, not with what you sent. Try again.") from error
 
     return wrapped

@@ -44,7 +44,13 @@ def save_tiny(folder: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def serving(*options: str, script: Path = SPACE / "app.py", env: dict | None = None, log: Path | None = None):
+def serving(
+    *options: str,
+    script: Path = SPACE / "app.py",
+    env: dict | None = None,
+    log: Path | None = None,
+    cwd: Path | None = None,
+):
     """Address and process of an app.py that runs until the block is left."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -52,7 +58,7 @@ def serving(*options: str, script: Path = SPACE / "app.py", env: dict | None = N
     given = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} if env is None else env
     command = [sys.executable, str(script), *map(str, options), "--host", "127.0.0.1", "--port", str(port)]
     output = open(log or os.devnull, "w")
-    process = subprocess.Popen(command, env=given, stdout=output, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, env=given, stdout=output, stderr=subprocess.STDOUT, cwd=cwd)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):

@@ -148,6 +148,12 @@ def test_image_by_address(tmp_path):
     assert torch.equal(pixels, stage2_processor()(image(), return_tensors="pt").pixel_values)
 
 
+def test_texts_that_are_cut_and_padded_raise_no_warning(recwarn):
+    cut = stage1_processor()(text=["a red dog"] * 2, padding=True, truncation=True, max_length=3, return_tensors="pt")
+    assert cut.input_ids.shape == (2, 3)
+    assert [str(warning.message) for warning in recwarn if "max_length" in str(warning.message)] == []
+
+
 def test_stage1_processor_adds_dec_and_pads_on_the_right():
     processor = stage1_processor()
     assert processor.tokenizer.bos_token == "[DEC]"

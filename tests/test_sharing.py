@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from tiny import batch, prompt, stage1, stage1_processor, stage2, stage2_processor
 
+from modeling_blip2x import Blip2xForConditionalGeneration
 from modeling_blip2x.sharing_blip2x import save_with_code
 
 FRESH = """
@@ -61,3 +63,20 @@ def test_stage1_model_loads_without_the_package(tmp_path):
     loss = run_without_package(script, tmp_path / "model", batch(), tmp_path)
     with torch.no_grad():
         assert torch.equal(loss, model(**batch(), negative_seed=0).loss)
+
+
+def test_the_model_card_of_the_source_comes_along_and_another_one_is_kept(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    stage2("opt").save_pretrained(source)
+    model = Blip2xForConditionalGeneration.from_pretrained(source)
+    save_with_code(model, stage2_processor(), target)  # no card, none made up
+    assert not (target / "README.md").exists()
+    card = "---\nlicense: mit\ndemo: {prompt: a picture of, turns: 0}\n---\n# Toy\n"
+    (source / "README.md").write_text(card)
+    save_with_code(model, stage2_processor(), target)
+    assert ModelCard.load(target / "README.md").data.to_dict()["demo"] == {"prompt": "a picture of", "turns": 0}
+    (target / "README.md").write_text("written by hand")
+    save_with_code(model, stage2_processor(), target)
+    save_with_code(model, stage2_processor(), source)
+    assert (target / "README.md").read_text() == "written by hand"
+    assert (source / "README.md").read_text() == card

@@ -1,22 +1,29 @@
 """The Space's functions on tiny models, without a server."""
 
 import io
+import socket
 import threading
 import time
 
 import about
 import answers
+import app
 import attention
 import charts
+import chat_tab
 import gradio as gr
+import match_tab
 import matching
 import models as space_models
 import pytest
+import search_tab
 import torch
 import uploads
 import work
+from controls import CAPTIONED
+from mistakes import Mistake
 from PIL import Image
-from settings import RANGES, Settings, check_text, check_texts
+from settings import RANGES, Settings, check_text, check_texts, check_whole
 from space_server import EXAMPLES, SPACE, save_tiny
 from tiny import bert_tokenizer, image, llm_tokenizer
 
@@ -64,11 +71,44 @@ def test_two_of_a_kind_and_wrong_options_are_refused(loaded):
 
 
 def test_another_kind_of_checkpoint_says_how_to_convert(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
-    with pytest.raises(ValueError, match="opt checkpoint.*modeling_blip2x.convert"):
+    (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
+    with pytest.raises(ValueError, match="blip-2 checkpoint.*modeling_blip2x.convert"):
         space_models.load_models([str(tmp_path)], "cpu")
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        space_models.load_models([str(tmp_path / "nothing")], "cpu")
+
+
+def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, loaded, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    with pytest.raises(ValueError, match="opt checkpoint, no BLIP-2 model"):  # a language model cannot be converted
+        space_models.load_models([str(tmp_path)], "cpu")
+    with pytest.raises(ValueError, match="no folder runs/nowhere here, and it was not found on the hub"):
+        space_models.load_models(["runs/nowhere"], "cpu")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="has no config.json"):
+        space_models.load_models([str(tmp_path / "empty")], "cpu")
+    monkeypatch.setattr(space_models.importlib.util, "find_spec", lambda name: None)  # as where blip2x is not installed
+    with pytest.raises(ValueError, match="does not carry its code.*save_with_code"):
+        space_models.load_models([loaded.matcher.source], "cpu")
+
+
+@pytest.mark.parametrize("device", ["cudaa", "cuda:99", "meta"])
+def test_a_device_that_is_not_here_is_named(device):
+    with pytest.raises(ValueError, match=f"The device {device} is not to be had here"):
+        space_models.load_models([], device)
+
+
+def test_wrong_options_are_refused_in_a_line(capsys, monkeypatch):
+    for turns in ("-4", "51", "two"):
+        with pytest.raises(SystemExit):
+            app.parse(["--turns", turns])
+        assert f"'{turns}' is not a whole number from 0 to 50" in capsys.readouterr().err
+    monkeypatch.setenv("BLIP2X_TURNS", "3")
+    assert app.parse([]).turns == 3
+    with socket.socket() as taken, gr.Blocks() as page:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"Cannot listen at 127.0.0.1, port {port}: it is taken"):
+            app.launch(page, "127.0.0.1", port, wait=False)
 
 
 def test_a_quickstart_output_is_found(tmp_path, monkeypatch, loaded):
@@ -142,6 +182,13 @@ def test_sampling_follows_the_seed(loaded, pictures):
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed)[0] for seed in range(5)}) > 1
+
+
+def test_a_caption_that_is_drawn_twice_is_shown_once(loaded, pictures):
+    same = Settings("nucleus", top_p=0.1, temperature=0.5, max_length=2, captions=5)
+    texts = answers.caption(loaded.speaker, pictures[0], "a", same, NEVER)
+    assert len(texts) == len(set(texts)) < 5
+    assert answers.different([" a dog", "two", "a dog "]) == ["a dog", "two"]
 
 
 def test_an_answer_streams_and_is_what_generate_says(loaded, pictures):
@@ -286,7 +333,11 @@ def test_an_overlay_is_hot_where_the_heat_is():
     assert sum(shown.getpixel((5, 5))) > 3 * sum(shown.getpixel((95, 95)))
     with pytest.raises(gr.Error, match="The layer is '1'"):
         attention.choice("1", [0, 2], "The layer")
-    assert attention.choice("average", [0], "The head") is None and attention.choice("2", [0, 2], "The layer") == 2
+    for wrong in (1.5, True, "two", [0]):
+        with pytest.raises(gr.Error, match="choose average or one of 0, 2"):
+            attention.choice(wrong, [0, 2], "The layer")
+    assert attention.choice("average", [0], "The head") is None
+    assert attention.choice("2", [0, 2], "The layer") == attention.choice(2, [0, 2], "The layer") == 2
 
 
 # What is refused
@@ -313,6 +364,18 @@ def test_settings_that_contradict_one_another_are_refused():
         check_texts("a\n" * 51)
     with pytest.raises(gr.Error, match="empty"):
         check_text("  ", "The question")
+    with pytest.raises(gr.Error, match="Seed is 1.5; it must be a whole number"):
+        Settings(seed=1.5)
+    for wrong in (-1, 51, 2.5, "3", None, True, float("nan")):
+        with pytest.raises(gr.Error, match="Earlier turns is .*whole number from 0 to 50"):
+            check_whole(wrong, "Earlier turns", 50)
+    assert check_whole(7.0, "Earlier turns", 50) == 7
+
+
+def test_a_visitors_mistake_leaves_no_traceback_in_the_log():
+    with pytest.raises(Mistake) as told:
+        Settings(num_beams=0)
+    assert told.value.print_exception is False
 
 
 def saved(tmp_path, name, picture, **options):
@@ -408,11 +471,59 @@ def test_an_error_while_streaming_ends_the_stream(loaded):
 def test_texts_from_outside_are_escaped():
     evil = "<img src=x onerror=alert(1)>"
     scores = {"texts": [evil], "itc": [[0.5]], "itm": [[0.25]]}
-    pages = [charts.chart(scores), charts.chart({"texts": [evil], "itc": [[0.5]] * 2, "itm": [[0.25]] * 2})]
+    pages = [
+        charts.chart(scores, [image()]),
+        charts.chart({"texts": [evil], "itc": [[0.5]] * 2, "itm": [[0.25]] * 2}, [image()] * 2),
+    ]
     pages.append(charts.text_ranking([{"text": evil, "itc": 0.5, "itm": None}]))
     for page in pages:
-        assert "<img" not in page and "&lt;img" in page and "0.500" in page
-    assert "0.250" in pages[0] and "picture 2" in pages[1] and charts.chart(None) == ""
+        assert "<img src=x" not in page and "&lt;img" in page and "0.500" in page
+    assert "0.250" in pages[0] and "picture 2" in pages[1] and charts.chart(None, []) == ""
+
+
+def test_a_matrix_has_a_row_for_each_text_and_a_column_for_each_picture():
+    scores = {
+        "texts": ["one", "two", "three"],
+        "itc": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],
+        "itm": [[0.7] * 3, [0.8] * 3],
+    }
+    page = charts.chart(scores, [image("red"), image("blue")])
+    rows = page.split("<tr>")[1:]
+    assert len(rows) == 4 and rows[0].count('<img src="data:image/jpeg;base64,') == 2
+    assert ">two<" in rows[2] and "ITC 0.200" in rows[2] and "ITC 0.500" in rows[2] and "ITC 0.300" not in rows[2]
+    assert "<small>ITM</small> <b>0.800</b>" in rows[2]
+    assert charts.chart(scores, [image()]) == ""  # a picture was taken away in the meantime
+
+
+def test_a_search_that_finds_nothing_says_so():
+    def ranking(*matches):
+        return [{"image": i, "text": "a", "itc": 0.5, "itm": match} for i, match in enumerate(matches)]
+
+    assert "the highest ITM is 0.02" in charts.verdict(ranking(0.02, 0.01, None))
+    assert charts.verdict(ranking(0.01, 0.5)) == charts.verdict(ranking(None)) == charts.verdict(None) == ""
+    assert "Nothing here matches well" in charts.text_ranking(ranking(0.1))
+    shown, sentence = search_tab.show_ranking(["a", "b"], ranking(0.1, 0.2))
+    assert [label for _, label in shown] == ["1. ITC 0.50, ITM 0.10", "2. ITC 0.50, ITM 0.20"] and sentence.visible
+    assert search_tab.show_ranking(["a"], ranking(0.1, 0.2))[0] == []  # a picture was taken away in the meantime
+
+
+def test_examples_are_described_by_the_texts_that_are_there_first():
+    assert match_tab.TEXTS.splitlines()[2] == "a big blue ring above a small red ring" == CAPTIONED[2]
+
+
+@pytest.mark.parametrize(
+    "roles, promised", [((1, 1), "ask about them, match and search"), ((1, 0), "ask"), ((0, 1), "match")]
+)
+def test_the_headline_promises_what_is_there(loaded, roles, promised):
+    parts = [part if there else None for part, there in zip(loaded.parts, roles)]
+    with_tabs = app.build(space_models.Models(*parts)).blocks.values()
+    headline = next(block.value for block in with_tabs if getattr(block, "elem_id", None) == "title")
+    assert promised in headline and ("ask" in headline) == roles[0] and ("match" in headline) == roles[1]
+
+
+def test_turns_that_are_left_out_are_counted():
+    assert "its first turn was left out" in chat_tab.left_out(1)
+    assert "its first 2 turns were left out" in chat_tab.left_out(2)
 
 
 def test_about_reads_the_model_card(loaded, tmp_path):

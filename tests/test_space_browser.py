@@ -14,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from settings import Settings
-from space_server import EXAMPLES, save_tiny, serving
+from space_server import EXAMPLES, SPACE, save_tiny, serving
 from uploads import open_upload
 
 BROWSER = next(
@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def address(folders):
-    with serving("--model", *folders) as (where, _):
+    with serving("--model", *folders, cwd="/") as (where, _):  # examples load from any working directory
         yield where
 
 
@@ -210,6 +210,42 @@ def test_clear_outruns_an_answer_that_the_page_cannot_cancel_yet(visit):
     expect(messages).to_have_count(0)
 
 
+def test_stop_ends_an_answer_that_is_being_written(visit, folders, loaded, tmp_path):
+    """A model that takes a tenth of a second for a word, as a large one does."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(SPACE)!r}); sys.argv[0] = 'app.py'\n"
+        "import app, work\n"
+        "told = work.StopWhenTold.__call__\n"
+        "work.StopWhenTold.__call__ = lambda *given, **named: (time.sleep(0.1), told(*given, **named))[1]\n"
+        "app.main()\n"
+    )
+    with serving("--model", *folders, script=script) as (where, _):
+        page = visit(where=where)
+        panel = open_tab(page, "Chat")
+        upload(panel, EXAMPLES[0])
+        panel.get_by_role("button", name="Settings").click()
+        for name in ("Shortest", "Longest"):
+            panel.get_by_label(f"number input for {name}").fill("40")
+        panel.get_by_role("textbox", name="Question").fill("what is it ?")
+        panel.get_by_role("textbox", name="Question").press("Enter")
+        answer = panel.locator(".bot.message").last
+        first_words = " ".join(answer_of(loaded, 0, "what is it ?").split()[:3])
+        expect(answer).to_contain_text(first_words)
+        panel.get_by_role("button", name="Stop").click()
+        page.wait_for_timeout(1000)
+        said = answer.inner_text()
+        page.wait_for_timeout(2000)
+        assert answer.inner_text() == said and len(said.split()) < 35
+        # The model is free again: the next answer comes at once, and the chat goes on.
+        for name in ("Shortest", "Longest"):
+            panel.get_by_label(f"number input for {name}").fill("3")
+        panel.get_by_role("textbox", name="Question").fill("is it red ?")
+        panel.get_by_role("textbox", name="Question").press("Enter")
+        expect(panel.locator(".bot.message")).to_have_count(2)
+        page.close()
+
+
 def test_match(visit, loaded):
     page = visit()
     panel = open_tab(page, "Match")
@@ -227,7 +263,7 @@ def test_match(visit, loaded):
     panel.get_by_role("button", name="Load example pictures").click()
     page.wait_for_timeout(1500)
     panel.get_by_role("button", name="Match", exact=True).click()
-    expect(chart.locator("td small")).to_have_count(6)
+    expect(chart.locator("tbody td")).to_have_count(6)
     scores = matching.match(loaded, [open_upload(path) for path in EXAMPLES[:3]], texts, NEVER, print)
     expect(chart).to_contain_text(f"{scores['itm'][2][1]:.3f}")
     assert is_drawn(page)
@@ -266,7 +302,7 @@ def test_look(visit, loaded):
     panel.get_by_label("Query").click()
     page.get_by_role("option", name="3", exact=True).click()
     expect(panel.locator("#heat img")).not_to_have_attribute("src", before)
-    panel.get_by_role("button", name="Caption and look").click()
+    panel.get_by_role("button", name="Caption, word").click()
     settings = Settings(num_beams=1, max_length=20)
     words, _ = attention.word_weights(loaded.speaker, open_upload(EXAMPLES[0]), "a picture of", settings, NEVER)
     expect(panel.locator("#words .caption-label")).to_have_text(words)

@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
 def served(folders, tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "app.log"
     with serving("--model", *folders, log=log) as (address, process):
-        yield address, process
+        yield address, process, log
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_match_and_search(client, loaded):
 
 def test_attention(client, loaded):
     part, picture = loaded.speaker, open_upload(EXAMPLES[0])
-    path = client.predict(handle_file(str(EXAMPLES[0])), "2", "1", "3", api_name="/attention")
+    path = client.predict(handle_file(str(EXAMPLES[0])), "2", "1", 3, api_name="/attention")
     expected = attention.overlay(
         attention.seen_picture(part, picture), attention.average_map(attention.query_maps(part, picture, 2, 1), 3)
     )
@@ -128,6 +128,54 @@ def test_endpoints_have_names_types_and_docs(client):
 def test_the_api_refuses_what_the_sliders_refuse(client, wrong):
     with pytest.raises(AppError):
         client.predict(handle_file(str(EXAMPLES[0])), **wrong, api_name="/caption")
+
+
+@pytest.mark.parametrize(
+    "wrong, said", [({"num_beams": "many"}, "Beams must be a number, not 'many'"), ({"num_beams": None}, "not None")]
+    + [({"seed": 1.5}, "Seed is 1.5; it must be a whole number"), ({"decoding": "magic"}, "magic")],
+)  # fmt: skip
+def test_the_api_says_which_setting_is_wrong(client, wrong, said):
+    with pytest.raises(AppError, match=said):
+        client.predict(handle_file(str(EXAMPLES[0])), **wrong, api_name="/caption")
+
+
+def test_the_api_says_what_else_is_wrong(client, served):
+    for sent in (7, "photo.jpg", ["photo.jpg"]):
+        with pytest.raises(AppError, match="A picture must be a file"):
+            client.predict(sent, api_name="/caption")
+    for sent in (7, ["photo.jpg"], [{"picture": "photo.jpg"}]):
+        with pytest.raises(AppError, match="pictures a list of them"):
+            client.predict(sent, TEXTS, api_name="/match")
+    with pytest.raises(AppError, match="The history must be a list"):  # also where no turns of it are told
+        client.predict(handle_file(str(EXAMPLES[0])), "what ?", [["is it red ?"]], 0, api_name="/answer")
+    with pytest.raises(AppError, match="Earlier turns is 1.5"):
+        client.predict(handle_file(str(EXAMPLES[0])), "what ?", [], 1.5, api_name="/answer")
+    with pytest.raises(AppError, match="Re-ranked is 'all'"):
+        client.predict(files(0), "a red circle", "all", api_name="/search")
+    assert "are not opened" in post(
+        served[0], "caption", [file_data("/etc/passwd"), "a", "beam", 1, 1, 0.9, 1, 5, 1, 1, 0, 1]
+    )
+
+
+def test_plain_lists_of_pictures_are_taken(client):
+    plain = [handle_file(str(path)) for path in EXAMPLES[:2]]
+    expected = client.predict(files(0, 1), TEXTS, api_name="/match")
+    assert client.predict(plain, TEXTS, api_name="/match") == expected
+    assert client.predict([(file, "a caption") for file in plain], TEXTS, api_name="/match") == expected
+    assert client.predict(plain, "a red circle", api_name="/search") == client.predict(
+        files(0, 1), "a red circle", api_name="/search"
+    )
+
+
+def test_visitors_mistakes_leave_no_traceback_in_the_log(client, served):
+    for wrong in ({"num_beams": "many"}, {"num_beams": 99}, {"decoding": "magic"}):
+        with pytest.raises(AppError):
+            client.predict(handle_file(str(EXAMPLES[0])), **wrong, api_name="/caption")
+    with pytest.raises(AppError):
+        client.predict(7, api_name="/caption")
+    client.predict(files(0, 1), TEXTS, api_name="/match")
+    log = served[2].read_text()
+    assert "Loaded" in log and "Traceback" not in log and "max_length" not in log
 
 
 def post(address: str, endpoint: str, data: list) -> str:
@@ -248,9 +296,10 @@ def test_the_folder_alone_suffices_with_a_checkpoint_that_carries_its_code(folde
 
     from modeling_blip2x.sharing_blip2x import save_with_code
 
-    model = AutoModelForImageTextToText.from_pretrained(folders[0])
-    save_with_code(model, AutoProcessor.from_pretrained(folders[0]), tmp_path / "carried")
-    (tmp_path / "carried" / "README.md").write_text("---\ndemo: {prompt: a photo of}\n---\n")
+    shutil.copytree(folders[0], tmp_path / "trained")
+    (tmp_path / "trained" / "README.md").write_text("---\ndemo: {prompt: a photo of, turns: 0}\n---\n")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "trained")
+    save_with_code(model, AutoProcessor.from_pretrained(tmp_path / "trained"), tmp_path / "carried")
     shutil.copytree(SPACE, tmp_path / "space", ignore=shutil.ignore_patterns("__pycache__"))
     hide = (
         "import runpy, sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()];"
@@ -265,8 +314,9 @@ def test_the_folder_alone_suffices_with_a_checkpoint_that_carries_its_code(folde
     env |= {"BLIP2X_MODEL": str(tmp_path / "carried")}
     with serving(script=tmp_path / "hidden.py", env=env, log=tmp_path / "log") as (address, _):
         client = Client(address, verbose=False)
-        prompt = client.view_api(return_format="dict", print_info=False)["named_endpoints"]["/caption"]["parameters"][1]
-        assert prompt["parameter_default"] == "a photo of"
+        endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+        assert endpoints["/caption"]["parameters"][1]["parameter_default"] == "a photo of"
+        assert endpoints["/answer"]["parameters"][3]["parameter_default"] == 0  # as the model card says
         assert isinstance(client.predict(handle_file(str(EXAMPLES[0])), api_name="/caption"), str)
         with pytest.raises(AppError, match="cannot score"):
             client.predict(files(0), TEXTS, api_name="/match")
