@@ -282,15 +282,22 @@ def test_a_killed_evaluation_goes_on(parts, tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_says_that_the_same_command_goes_on(parts, tmp_path):
-    script, begun = Path(run_evaluation.__file__), tmp_path / "out" / ".progress" / "results.0.jsonl"
+    """It is pressed while the script waits for a file that never comes."""
+    endless = tmp_path / "candidates.json"
+    os.mkfifo(endless)
     flags = ["--task=caption", f"--model={parts / 'opt'}", f"--data={parts / 'captions.json'}", "--split=all"]
-    flags += [f"--image_folder={parts / 'photos'}", "--batch_size=1", "--max_new_tokens=10000"]
-    command = [sys.executable, str(script), *flags, f"--output_dir={tmp_path / 'out'}"]
+    flags += [f"--image_folder={parts / 'photos'}", f"--candidates={endless}", f"--output_dir={tmp_path / 'out'}"]
+    command = [sys.executable, str(Path(run_evaluation.__file__)), *flags]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        while not begun.parent.exists() and process.poll() is None:
-            time.sleep(0.1)
+        writer = None
+        while writer is None and process.poll() is None:
+            try:
+                writer = os.open(endless, os.O_WRONLY | os.O_NONBLOCK)  # refused until the script has opened it
+            except OSError:
+                time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=60)[1]
+    os.close(writer)
     assert process.returncode == 130 and "The same command goes on" in said and "Traceback" not in said
 
 
