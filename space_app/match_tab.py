@@ -16,7 +16,7 @@ TEXTS = "\n".join([*CAPTIONED[:3], "a small green circle left of a big red circl
 
 def build(models: Models) -> None:
     @with_plain_errors
-    def match(images, texts: str, progress=gr.Progress()):  # noqa: B008  (how Gradio hands it in)
+    def match(images, texts: str, progress=gr.Progress()):
         lines = check_texts(texts)
         if not images:
             raise Mistake("There is no picture. Upload one or more, or load the examples.")

@@ -154,7 +154,7 @@ def _load(checkpoint: str, device: str, dtype: str, quantization: str) -> Part:
     # Where the package is absent, the checkpoint carries the code; the operator who names it trusts it.
     carried = importlib.util.find_spec("modeling_blip2x") is None
     if not carried:
-        import modeling_blip2x  # noqa: F401  (registers the classes)
+        importlib.import_module("modeling_blip2x")  # registers the classes
     _check(_read_config(checkpoint), checkpoint, carried)
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=carried)
     auto_class = AutoModelForPreTraining if config.text_config is None else AutoModelForImageTextToText

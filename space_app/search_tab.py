@@ -14,7 +14,7 @@ from work import cancellable, with_plain_errors
 
 def build(models: Models) -> None:
     @with_plain_errors
-    def search(images, query: str, rerank: int = matching.RERANKED, progress=gr.Progress()):  # noqa: B008
+    def search(images, query: str, rerank: int = matching.RERANKED, progress=gr.Progress()):
         text, count = check_text(query, "The query"), check_whole(rerank, "Re-ranked", MAX_IMAGES)
         if not images:
             raise Mistake("There is no picture to search. Upload some, or load the examples.")
@@ -23,7 +23,7 @@ def build(models: Models) -> None:
         )
 
     @with_plain_errors
-    def search_texts(image, texts: str, rerank: int = matching.RERANKED, progress=gr.Progress()):  # noqa: B008
+    def search_texts(image, texts: str, rerank: int = matching.RERANKED, progress=gr.Progress()):
         picture, lines = check_image(image), check_texts(texts)
         count = check_whole(rerank, "Re-ranked", MAX_IMAGES)
         yield from cancellable(

@@ -9,13 +9,14 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import models as space_models
 import torch
+from PIL import Image
 from tiny import stage1, stage1_processor, stage2, stage2_processor
 
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = ROOT / "space_app"
 EXAMPLES = sorted((SPACE / "examples").glob("*.png"))
-sys.path.append(str(SPACE))  # its modules import one another by name, as when app.py runs
 
 
 def liven_scores(model: torch.nn.Module) -> torch.nn.Module:
@@ -76,3 +77,15 @@ def serving(
         process.terminate()
         process.wait(timeout=20)
         output.close()
+
+
+def load_tiny(folder: Path) -> space_models.Models:
+    """Both tiny checkpoints, as the Space loads them."""
+    return space_models.load_models([str(saved) for saved in save_tiny(folder)], "cpu")
+
+
+def noise_pictures() -> list[Image.Image]:
+    """Three coarse pictures of 40 x 40, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 8, 8, 3), generator=generator, dtype=torch.uint8).numpy()
+    return [Image.fromarray(values).resize((40, 40)) for values in pixels]

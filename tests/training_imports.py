@@ -1,9 +1,12 @@
 """What the server that test processes are forked from imports, once."""
 
-import pretrain_stage1  # noqa: F401
-import pretrain_stage2  # noqa: F401
-import processes  # noqa: F401
-import torch
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer  # noqa: F401
+import importlib
 
+import torch
+import transformers
+
+for module in ("pretrain_stage1", "pretrain_stage2", "processes"):
+    importlib.import_module(module)
+for name in ("AutoImageProcessor", "AutoModel", "AutoTokenizer"):
+    getattr(transformers, name)  # imports its module
 torch.set_num_threads(1)

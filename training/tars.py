@@ -114,4 +114,4 @@ def read_member(address: dict) -> bytes:
 @functools.lru_cache(OPEN_TARS)
 def opened(path: str):
     """A tar kept open; `pread` has no position that workers forked from one process would move for one another."""
-    return open(Path(path), "rb", buffering=0)  # noqa: SIM115
+    return open(Path(path), "rb", buffering=0)

@@ -53,6 +53,8 @@ class WordNet:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.synsets_of, self.hypernyms, self.first_word, self.exceptions = {}, {}, {}, {}
+        self.distances = functools.lru_cache(maxsize=1 << 16)(self.distances)
+        self.wup_similarity = functools.lru_cache(maxsize=1 << 18)(self.wup_similarity)
         for line in database_lines(folder / "index.noun"):
             fields = (
                 line.split()
@@ -96,7 +98,6 @@ class WordNet:
             measure(synset)
         return depths
 
-    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019 - a WordNet lives as long as the process
     def distances(self, synset: str) -> dict[str, int]:
         """Steps from a synset to itself and to everything above it, shortest path."""
         steps, frontier, count = {}, [synset], 0
@@ -112,7 +113,6 @@ class WordNet:
         word = self.first_word[synset]
         return f"{word}.n.{self.synsets_of[word].index(synset) + 1:02}"
 
-    @functools.lru_cache(maxsize=1 << 18)  # noqa: B019
     def wup_similarity(self, first: str, second: str) -> float:
         """Similarity of two synsets, 2 d / (l1 + l2 + 2 d), in (0, 1] (Wu and Palmer 1994), as NLTK computes it.
 
