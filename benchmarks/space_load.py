@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "space_app"), str(ROOT)]
 WORDS = ("red", "blue", "green", "two", "left", "right", "above", "below")
 SETTINGS = {"num_beams": 1, "max_length": 8}
 
