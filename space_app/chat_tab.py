@@ -31,25 +31,33 @@ def _text_of(content) -> str:
     return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
 
 
-class Visit:
-    """What a visitor's page waits for: the question whose answer may go into the chat, None after Clear.
+# What a page sends may arrive in another order: its clock, as the first input, says which came first.
+SENT_AT = "(_, ...given) => [Date.now(), ...given]"
 
-    Clear cancels the answer, but one that was just sent for is not known to the page yet and cannot be cancelled by it.
+
+class Visit:
+    """What a visitor's page waits for, in milliseconds of its clock.
+
+    Cancelling is not enough: a page cannot cancel an answer that it has only just sent for, and cancels what it
+    should not when the reply to a new picture comes late.
     """
 
-    question: object = None
+    since: float = 0.0  # its last question, or the last time the chat was emptied
+    question: float | None = None  # the question whose answer may go into the chat, if it waits for one
 
 
-def ask(visit: Visit, question: str, messages: list[dict]):
+def ask(sent_at: float, visit: Visit, question: str, messages: list[dict]):
     """Puts a question into the chat, and empties the box."""
     asked = {"role": "user", "content": check_text(question, "The question")}
-    visit.question = object()
-    return "", [*messages, asked]
+    visit.question = visit.since = sent_at
+    return sent_at, "", [*messages, asked]
 
 
-def start_anew(visit: Visit):
-    """An empty chat; what is still being said about the old one is not written into it."""
-    visit.question = None
+def start_anew(sent_at: float, visit: Visit):
+    """An empty chat, unless a question was asked since; what is still being said about the old one ends."""
+    if sent_at < visit.since:
+        return gr.skip(), gr.skip()
+    visit.question, visit.since = None, sent_at
     return [], ""
 
 
@@ -87,14 +95,15 @@ def build(models: Models, turns: int) -> None:
             yield text
 
     @with_plain_errors
-    def reply(visit: Visit, image, messages: list[dict], turns: int, *chosen):
-        asked = visit.question
-        if asked is None or not messages or messages[-1]["role"] != "user":
+    def reply(asked_at: float, visit: Visit, image, messages: list[dict], turns: int, *chosen):
+        if visit.question != asked_at:
             return
         question, before = _text_of(messages[-1]["content"]), turns_of(messages[:-1])[-MAX_TURNS:]
         told = False
         for text, dropped in _answers(image, question, [list(turn) for turn in before], turns, Settings(*chosen)):
-            if visit.question is not asked:
+            if visit.question is None:
+                yield [], ""  # words that were on their way when the chat was emptied may have come after
+            if visit.question != asked_at:
                 return
             if dropped and not told:
                 told = True
@@ -148,17 +157,19 @@ def build(models: Models, turns: int) -> None:
 
     private = {"api_visibility": "private"}
     visit = gr.State(Visit())  # one a visitor: Gradio copies it
-    given = [visit, image, chat, remembered, *panel]
-    asked = box.submit(ask, [visit, box, chat], [box, chat], queue=False, **private)
+    clock = gr.Number(visible=False)
+    ordered = {"js": SENT_AT, "queue": False, **private}
+    asking, asked_in = [clock, visit, box, chat], [clock, box, chat]
+    given = [clock, visit, image, chat, remembered, *panel]
+    asked = box.submit(ask, asking, asked_in, **ordered)
     replied = asked.success(reply, given, [chat, note], **private, **MODEL_EVENT)
     again = chat.retry(lambda messages: undo(messages), chat, [box, chat], queue=False, **private)
-    again = again.success(ask, [visit, box, chat], [box, chat], queue=False, **private)
+    again = again.success(ask, asking, asked_in, **ordered)
     again = again.success(reply, given, [chat, note], **private, **MODEL_EVENT)
     stop.click(None, cancels=[replied, again])
     chat.undo(undo, chat, [box, chat], queue=False, **private)
-    # A new picture is a new chat; what is being said about the old one stops.
-    for trigger in (clear.click, image.change):
-        trigger(start_anew, visit, [chat, note], cancels=[replied, again], queue=False, **private)
+    # A new picture is a new chat.
+    gr.on([clear.click, image.change], start_anew, [clock, visit], [chat, note], **ordered)
 
     with gr.Row(visible=False):
         history = gr.JSON([], label="history")

@@ -210,6 +210,24 @@ def test_clear_outruns_an_answer_that_the_page_cannot_cancel_yet(visit):
     expect(messages).to_have_count(0)
 
 
+def test_a_question_outruns_the_news_of_its_picture(visit, loaded):
+    """What a new picture does to the old chat may reach a busy server after the first question on it."""
+    page = visit()
+    panel = open_tab(page, "Chat")
+    held = []
+    page.route("**/run/predict*", lambda route: route.continue_() if held else held.append(route))
+    upload(panel, EXAMPLES[0])
+    while not held:
+        page.wait_for_timeout(100)
+    panel.get_by_role("textbox", name="Question").fill("what is it ?")
+    panel.get_by_role("textbox", name="Question").press("Enter")
+    expect(panel.locator(".message").first).to_be_visible()
+    held[0].continue_()
+    expect(panel.locator(".bot.message").last).to_contain_text(answer_of(loaded, 0, "what is it ?"))
+    page.wait_for_timeout(1000)
+    expect(panel.locator(".bot.message")).to_have_count(1)
+
+
 def test_stop_ends_an_answer_that_is_being_written(visit, folders, loaded, tmp_path):
     """A model that takes a tenth of a second for a word, as a large one does."""
     script = tmp_path / "slow.py"
