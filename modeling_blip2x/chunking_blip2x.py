@@ -83,7 +83,8 @@ def chunked_backward(
     def encode(rows: slice) -> tuple[EncodedPairs, tuple[torch.Tensor, torch.Tensor]]:
         """A chunk, and its ITC features in float32."""
         image = BaseModelOutput(last_hidden_state=vision[rows])
-        pairs = model.encode_rows(image, input_ids[rows], attention_mask[rows], sizes, first_row + rows.start)
+        texts = input_ids[rows], attention_mask[rows]
+        pairs = model.encode_rows(image, *texts, sizes, first_row + rows.start, model.decoder_ids(texts[0]))
         images, text = model.features_of(pairs)
         return pairs, (images.float(), text.pooler_output.float())
 

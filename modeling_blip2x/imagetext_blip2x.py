@@ -42,11 +42,17 @@ SMALLEST_TEMPERATURE = 1e-3  # a learned divisor must not reach zero
 
 @dataclass
 class EncodedPairs:
-    """What one batch is encoded to, once, for all objectives. sizes: rows on each rank; first_row: of this rank."""
+    """What one batch is encoded to, once, for all objectives.
+
+    queries, text: those of ITC; decoded: the causal text of ITG, where it was asked for. sizes: rows on each rank;
+    first_row: of this rank.
+    """
 
     vision: BaseModelOutput
     image_key_values: tuple[KeyValues | None, ...]
-    query_output: QFormerOutput
+    queries: QFormerOutput
+    decoded: QFormerOutput | None
+    text: QFormerOutput
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     sizes: list[int]
@@ -282,8 +288,9 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool = False,
         output_hidden_states: bool | list[int] = False,
+        decoder_ids: torch.Tensor | None = None,
     ) -> EncodedPairs:
-        """Encode the images of a batch once, for every objective."""
+        """Encode a batch once, for every objective; decoder_ids (B, L): the text of ITG, [DEC] first, or None."""
         vision = self.model.get_vision_outputs(
             pixel_values, vision_embeds, interpolate_pos_encoding, output_attentions, output_hidden_states
         )
@@ -291,7 +298,17 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         self._check_rows(local, len(input_ids))
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         sizes = batch_sizes(local, device)
-        return self.encode_rows(vision, input_ids, attention_mask, sizes, sum(sizes[: rank()]), output_attentions)
+        whole_text = output_attentions or bool(output_hidden_states)
+        return self.encode_rows(
+            vision,
+            input_ids,
+            attention_mask,
+            sizes,
+            sum(sizes[: rank()]),
+            decoder_ids,
+            output_attentions,
+            whole_text,
+        )
 
     def encode_rows(
         self,
@@ -300,13 +317,17 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         attention_mask: torch.Tensor,
         sizes: list[int],
         first_row: int,
+        decoder_ids: torch.Tensor | None = None,
         output_attentions: bool = False,
+        whole_text: bool = False,
     ) -> EncodedPairs:
         """Encode images that have passed the tower; the first of them is number first_row of the global batch."""
         image = self.model.image_key_values(vision.last_hidden_state)
         queries = self.model.query_tokens(len(vision.last_hidden_state))
-        query_output = self.model.qformer.encode_queries(queries, image, output_attentions)
-        return EncodedPairs(vision, image, query_output, input_ids, attention_mask, sizes, first_row)
+        encoded = self.model.qformer.encode_together(
+            queries, input_ids, attention_mask, image, decoder_ids, output_attentions, whole_text
+        )
+        return EncodedPairs(vision, image, *encoded, input_ids, attention_mask, sizes, first_row)
 
     def contrast(
         self,
@@ -316,19 +337,19 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         output_hidden_states: bool | list[int] = False,
     ) -> Contrast:
         """ITC logits of this rank's images (texts) with the texts (images) of all ranks."""
-        images, text = self.features_of(pairs, output_attentions, output_hidden_states)
-        return self.compare(images, text, image_ids, pairs.sizes, pairs.first_row)
-
-    def features_of(
-        self, pairs: EncodedPairs, output_attentions: bool = False, output_hidden_states: bool | list[int] = False
-    ) -> tuple[torch.Tensor, Blip2xTextFeatures]:
-        """Unit-norm features of encoded images (B, Q, P), and those of their texts, which this encodes."""
-        images = F.normalize(self.vision_projection(pairs.query_output.hidden), dim=-1)
-        texts = pairs.input_ids, pairs.attention_mask
+        images, texts = self.features_of(pairs)
+        contrast = self.compare(images, texts, image_ids, pairs.sizes, pairs.first_row)
         if output_attentions or output_hidden_states:
-            return images, self.get_text_features(*texts, output_attentions, output_hidden_states, return_dict=True)
-        first = self.model.qformer.encode_text(*texts, num_outputs=1).hidden[:, 0]  # all that ITC reads
-        return images, Blip2xTextFeatures(pooler_output=F.normalize(self.text_projection(first), dim=-1))
+            contrast.text.last_hidden_state = pairs.text.hidden
+            contrast.text.hidden_states = chosen_hidden_states(pairs.text.hidden_states, output_hidden_states)
+            contrast.text.attentions = pairs.text.attentions if output_attentions else None
+        return contrast
+
+    def features_of(self, pairs: EncodedPairs) -> tuple[torch.Tensor, Blip2xTextFeatures]:
+        """Unit-norm features of encoded images (B, Q, P), and of their texts (B, P) in `pooler_output`."""
+        images = F.normalize(self.vision_projection(pairs.queries.hidden), dim=-1)
+        texts = F.normalize(self.text_projection(pairs.text.hidden[:, 0]), dim=-1)
+        return images, Blip2xTextFeatures(pooler_output=texts)
 
     def compare(
         self,
@@ -363,10 +384,10 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         if not output_attentions and not output_hidden_states:
             return {}
         queries = Blip2xModelOutput(
-            last_hidden_state=pairs.query_output.hidden,
-            hidden_states=chosen_hidden_states(pairs.query_output.hidden_states, output_hidden_states),
-            attentions=pairs.query_output.attentions if output_attentions else None,
-            cross_attentions=pairs.query_output.cross_attentions if output_attentions else None,
+            last_hidden_state=pairs.queries.hidden,
+            hidden_states=chosen_hidden_states(pairs.queries.hidden_states, output_hidden_states),
+            attentions=pairs.queries.attentions if output_attentions else None,
+            cross_attentions=pairs.queries.cross_attentions if output_attentions else None,
         )
         return {"vision_outputs": pairs.vision, "qformer_outputs": queries, "text_outputs": contrast.text}
 

@@ -4,8 +4,8 @@
     model.freeze_unimodal()
     model(pixel_values=..., input_ids=..., attention_mask=...).loss.backward()
 
-Per batch: the image's keys and values once, queries once (ITC and, through their cached keys and values, ITG), text once
-alone (ITC) and once causally (ITG), and the pairs of ITM, whose images are indexed, not encoded again.
+Per batch: the image's keys and values once, one sequence of queries (ITC and ITG), causal text (ITG) and text (ITC), and
+the pairs of ITM, whose images are indexed, not encoded again.
 """
 
 import warnings
@@ -96,7 +96,13 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             raise ValueError("Stage 1 needs texts: input_ids is None. Pass the output of processor(images, text).")
         options = self.model.resolve_outputs(output_attentions, output_hidden_states)
         pairs = self.encode_pairs(
-            pixel_values, input_ids, attention_mask, vision_embeds, interpolate_pos_encoding, *options
+            pixel_values,
+            input_ids,
+            attention_mask,
+            vision_embeds,
+            interpolate_pos_encoding,
+            *options,
+            self.decoder_ids(input_ids),
         )
         if sum(pairs.sizes) == 1:
             self._warn_of_single_pair()
@@ -125,13 +131,17 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
         """ITG: text after [DEC], given the queries."""
         return itg_loss(*self.text_logits(pairs))
 
+    def decoder_ids(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """input_ids (B, L) with [DEC] for [CLS]; None where ITG is not an objective."""
+        if "itg" not in self.config.objectives:
+            return None
+        start = torch.full_like(input_ids[:, :1], self.config.qformer_config.bos_token_id)
+        return torch.cat([start, input_ids[:, 1:]], dim=1)
+
     def text_logits(self, pairs: EncodedPairs) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (tokens, vocabulary) and labels (tokens,) of ITG, for real tokens only, not for padding."""
-        start = torch.full_like(pairs.input_ids[:, :1], self.config.qformer_config.bos_token_id)
-        decoder_ids = torch.cat([start, pairs.input_ids[:, 1:]], dim=1)
-        hidden = self.model.qformer.decode_text(decoder_ids, pairs.attention_mask, pairs.query_output.key_values).hidden
         is_target = pairs.attention_mask[:, 1:].bool()
-        logits = self.itg_head(hidden[:, :-1][is_target], self.get_input_embeddings().weight)
+        logits = self.itg_head(pairs.decoded.hidden[:, :-1][is_target], self.get_input_embeddings().weight)
         return logits, pairs.input_ids[:, 1:][is_target]
 
     @torch.no_grad()

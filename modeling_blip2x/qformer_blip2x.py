@@ -8,8 +8,9 @@ methods name the three masks:
     decode_text                   multimodal causal (ITG): text sees all queries and earlier text; queries see queries
 
 Two things are computed once and reused. Keys and values of the cross-attention depend on the image alone
-(`image_key_values`). And since queries never see text under the causal mask, their self-attention keys and values in
-ITG are those of ITC: `encode_queries` returns them and `decode_text` runs over the text only.
+(`image_key_values`). And since queries see no text under the first and the third mask, those of ITC are those of ITG:
+in training `encode_together` runs both objectives as one sequence; to generate, `decode_text` runs over the text alone,
+with the self-attention keys and values that `encode_queries` returned.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,20 @@ class QFormerOutput:
     hidden_states: tuple[torch.Tensor, ...] = ()
     attentions: tuple[torch.Tensor, ...] = ()
     cross_attentions: tuple[torch.Tensor, ...] = ()
+
+    def split(self, lengths: list[int]) -> list["QFormerOutput"]:
+        """Outputs of parts of the sequence that do not see one another; cross-attentions go with the first, the queries."""
+        ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
+        spans = [slice(end - length, end) for end, length in zip(ends, lengths)]
+        return [
+            QFormerOutput(
+                hidden=hidden,
+                hidden_states=tuple(states[:, span] for states in self.hidden_states),
+                attentions=tuple(weights[:, :, span, span] for weights in self.attentions),
+                cross_attentions=self.cross_attentions if span.start == 0 else (),
+            )
+            for span, hidden in zip(spans, self.hidden.split(lengths, dim=1))
+        ]
 
 
 def eager_attention_forward(
@@ -146,6 +161,7 @@ class QFormerLayer(GradientCheckpointingLayer):
         """hidden (B, L, H): the first num_queries positions are queries, the rest is text.
 
         num_outputs: the first positions, to which the output is limited; the others are seen, and go no further.
+            A mask of one row stands for all of them.
 
         Returns hidden, own keys and values, and the weights of self- and cross-attention. Keys and values come and go as
         plain tensors, not as pairs: reentrant checkpointing loses the gradient of tensors inside a tuple.
@@ -155,7 +171,7 @@ class QFormerLayer(GradientCheckpointingLayer):
         if prefix_keys is not None:
             seen = torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
         if num_outputs is not None:
-            hidden = hidden[:, :num_outputs]
+            hidden, mask = hidden[:, :num_outputs], mask[:, :, :num_outputs]
         hidden, weights = self.attention(hidden, seen, mask, return_weights)
 
         # split, not slices: the backward of a slice fills the rest with zeros, and both are added
@@ -250,18 +266,54 @@ class QFormer(PreTrainedModel):
         return self._run(hidden, query_embeds.shape[1], None, image_key_values, None, return_weights)
 
     def encode_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, return_weights: bool = False
+    ) -> QFormerOutput:
+        """Unimodal, text side: text (B, L) sees text. attention_mask (B, L), 1 for tokens and 0 for padding."""
+        mask = attention_mask[:, None, None, :].bool()
+        return self._run(self._embed(input_ids), 0, mask, None, None, return_weights)
+
+    def encode_together(
         self,
+        query_embeds: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        image_key_values: tuple[KeyValues | None, ...],
+        decoder_ids: torch.Tensor | None = None,
         return_weights: bool = False,
-        num_outputs: int | None = None,
-    ) -> QFormerOutput:
-        """Unimodal, text side: text (B, L) sees text. attention_mask (B, L), 1 for tokens and 0 for padding.
+        whole_text: bool = False,
+    ) -> tuple[QFormerOutput, QFormerOutput | None, QFormerOutput]:
+        """Queries, causal text and text as `encode_queries`, `decode_text` and `encode_text` give them, without key_values.
 
-        num_outputs: how many first positions are read; the last layer computes no others. All by default.
+        One sequence (B, Q + L + L, H) whose mask keeps them apart: larger matrix products, and half as many gradients to
+        add up for each weight.
+
+        Args:
+            decoder_ids: (B, L), input_ids with [DEC] for [CLS]; None leaves the causal text out.
+            whole_text: all hidden states of the text (B, L, H); by default (B, 1, H), its first token, all that ITC reads.
         """
-        mask = attention_mask[:, None, None, :].bool()
-        return self._run(self._embed(input_ids), 0, mask, None, None, return_weights, num_outputs)
+        rows, length = input_ids.shape
+        num_queries = query_embeds.shape[1]
+        ids = [input_ids] if decoder_ids is None else [decoder_ids, input_ids]
+        # Looked up at once: the gradient of a look-up has the size of the vocabulary.
+        texts = self._embed(torch.cat(ids)).split(rows)
+        hidden = torch.cat([self.dropout(self.layernorm(query_embeds)), *texts], dim=1)
+        mask = self._apart(num_queries, attention_mask.bool(), decoder_ids is not None)
+        lengths = [num_queries, length * (len(ids) - 1), length if whole_text else 1]
+        out = self._run(hidden, num_queries, mask, image_key_values, None, return_weights, sum(lengths))
+        queries, decoded, text = out.split(lengths)
+        return queries, None if decoder_ids is None else decoded, text
+
+    @staticmethod
+    def _apart(num_queries: int, is_token: torch.Tensor, has_decoder: bool) -> torch.Tensor:
+        """Boolean mask (B, 1, S, S) of [queries, causal text, text]; is_token (B, L)."""
+        rows, length = is_token.shape
+        text = num_queries + length * has_decoder  # where it starts
+        mask = is_token.new_zeros(rows, text + length, text + length)
+        mask[:, :text, :num_queries] = True
+        if has_decoder:
+            mask[:, num_queries:text, num_queries:text] = is_token[:, None].expand(-1, length, -1).tril()
+        mask[:, text:, text:] = is_token[:, None]
+        return mask[:, None]
 
     def encode_pairs(
         self,

@@ -138,7 +138,7 @@ def one_graph(model: Blip2xForPreTraining, data: dict, chunk_size: int):
     for start in range(0, ROWS, chunk_size):
         rows = slice(start, start + chunk_size)
         image = BaseModelOutput(last_hidden_state=vision[rows])
-        pairs = model.encode_rows(image, ids[rows], mask[rows], [ROWS], start)
+        pairs = model.encode_rows(image, ids[rows], mask[rows], [ROWS], start, model.decoder_ids(ids[rows]))
         chunks.append((rows, pairs, *model.features_of(pairs)))
     images, text = torch.cat([chunk[2] for chunk in chunks]), chunks[0][3]
     text.pooler_output = torch.cat([chunk[3].pooler_output for chunk in chunks])

@@ -216,8 +216,8 @@ def test_captions_without_a_language_model():
     assert greedy.shape == (2, 6) and (greedy[:, 0] == 60).all()
     data = {"input_ids": greedy, "attention_mask": torch.ones_like(greedy)}
     with torch.no_grad():  # greedy: every token is the best one of the training forward
-        pairs = model.encode_pairs(pixels, **data, vision_embeds=None)
-        hidden = model.model.qformer.decode_text(greedy, data["attention_mask"], pairs.query_output.key_values).hidden
+        pairs = model.encode_pairs(pixels, **data, vision_embeds=None, decoder_ids=greedy)
+        hidden = pairs.decoded.hidden
         best = model.itg_head(hidden, model.get_input_embeddings().weight).argmax(-1)
     assert torch.equal(best[:, :-1], greedy[:, 1:])
     assert model.generate(pixels, max_new_tokens=5, num_beams=3, do_sample=False).shape == (2, 6)

@@ -51,6 +51,34 @@ def test_masks_let_through_what_the_paper_says(model):
     assert changed(picture, "decoded") == [True] * length, "every word sees all queries"
 
 
+@pytest.mark.parametrize("with_decoder", [True, False])
+@torch.no_grad()
+def test_together_gives_what_each_gives_alone(model, with_decoder):
+    data = batch()
+    ids, mask, bare = data["input_ids"], data["attention_mask"], model.model
+    assert not mask.all(), "with padding"
+    image = bare.image_key_values(bare.get_vision_embeds(data["pixel_values"]))
+    queries, decoder_ids = bare.query_tokens(len(ids)), ids + 1
+    expected = bare.qformer.encode_queries(queries, image, return_weights=True)
+    causal = bare.qformer.decode_text(decoder_ids, mask, expected.key_values)
+    expected_text = bare.qformer.encode_text(ids, mask, return_weights=True)
+    given = queries, ids, mask, image, decoder_ids if with_decoder else None
+    seen, decoded, text = bare.qformer.encode_together(*given, return_weights=True, whole_text=True)
+    is_token = mask.bool()
+    assert torch.allclose(seen.hidden, expected.hidden, atol=1e-6)
+    assert torch.allclose(text.hidden[is_token], expected_text.hidden[is_token], atol=1e-6)
+    if with_decoder:
+        assert torch.allclose(decoded.hidden[is_token], causal.hidden[is_token], atol=1e-6)
+    else:
+        assert decoded is None
+    for one, other in ((seen, expected), (text, expected_text)):
+        for name in ("hidden_states", "attentions", "cross_attentions"):
+            pairs = list(zip(getattr(one, name), getattr(other, name), strict=True))
+            assert all(a.shape == b.shape and torch.allclose(a, b, atol=1e-6) for a, b in pairs), name
+    _, _, first = bare.qformer.encode_together(*given)
+    assert torch.allclose(first.hidden, text.hidden[:, :1], atol=1e-6)
+
+
 def test_padding_changes_nothing(model):
     data = batch(rows=1)
     ids, mask = data["input_ids"], data["attention_mask"]
@@ -120,17 +148,16 @@ def test_flops_of_a_step_are_the_necessary_ones():
 
     pairs = 3 * rows
     expected = crossing * rows * positions * 2 * 2 * image_width * width  # image keys and values, once
-    expected += layers * (
-        self_attention(rows, QUERIES, QUERIES) + feed_forward(rows, QUERIES)
-    ) + crossing * cross_attention(rows)
-    expected += layers * (self_attention(rows, length, length) + feed_forward(rows, length))  # ITC text
+    # ITC and ITG are one sequence: its products of attention are whole, and a mask drops what is not to be seen.
+    together = QUERIES + 2 * length
+    expected += layers * (self_attention(rows, together, together) + feed_forward(rows, together))
+    expected += crossing * cross_attention(rows)
     expected += layers * (
         self_attention(pairs, QUERIES + length, QUERIES + length) + feed_forward(pairs, QUERIES + length)
     )
     expected += crossing * cross_attention(pairs)
     # The last layer computes only what is read: [CLS] of ITC's text and the queries of ITM's pairs. Others are seen.
-    expected -= unread(rows, length - 1, length) + unread(pairs, length, QUERIES + length)
-    expected += layers * (self_attention(rows, length, QUERIES + length) + feed_forward(rows, length))  # ITG, text only
+    expected -= unread(rows, length - 1, together) + unread(pairs, length, QUERIES + length)
     projected = model.config.image_text_hidden_size
     expected += rows * (QUERIES + 1) * 2 * width * projected  # ITC projections
     expected += 2 * (rows * QUERIES) * rows * 2 * projected  # similarities, both directions
@@ -145,7 +172,7 @@ def test_states_that_are_asked_for_are_whole(model):
     data = batch(rows=3, length=9)
     alone = model.get_text_features(data["input_ids"], data["attention_mask"])
     out = model(**data, negative_seed=0, output_hidden_states=True)
-    assert torch.equal(out.text_outputs.last_hidden_state, alone.last_hidden_state)
+    assert torch.allclose(out.text_outputs.last_hidden_state, alone.last_hidden_state, atol=1e-5)
     assert out.text_outputs.hidden_states[-1].shape[1] == 9
     plain = model(**data, negative_seed=0)
     assert torch.allclose(plain.logits_per_text, out.logits_per_text, atol=1e-5)
