@@ -112,6 +112,7 @@ def make_batch(device: str, rows: int, image_tokens: int) -> dict[str, torch.Ten
 
 
 def step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    model.zero_grad(set_to_none=True)
     model(**batch, negative_seed=0).loss.backward()
 
 

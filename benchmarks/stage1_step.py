@@ -2,8 +2,8 @@
 
 Q-Former 12 x 768, 32 queries, features (257, 1408) given as a feature cache gives them, captions of 8 to 16 tokens padded
 to the longest. Losses are compared in evaluation mode; time is taken in training mode, dropout included, in turns with
-matrix products that tell what the machine can do (see flop_rate.py). On a CPU the large batch is timed once: the small one
-has warmed up the same code.
+matrix products that tell what the machine can do (see flop_rate.py). On a CPU the large batch is timed once, after a
+warm-up.
 """
 
 from dataclasses import dataclass
@@ -70,9 +70,8 @@ def timed(device: str, dtype: str, rows: int) -> Timing:
     model.train()
     product, product_flops = square_products(device, dtype)
     steps = {name: partial(step, model, losses, batch, dtype) for name, losses in ALGORITHMS.items()}
-    large_on_cpu = device == "cpu" and rows > min(BATCHES)
-    repeats, warmup = (1, 0) if large_on_cpu else (2, 1)
-    seconds = alternating_seconds(steps | {"product": product}, device, repeats, warmup)
+    repeats = 1 if device == "cpu" and rows > min(BATCHES) else 3
+    seconds = alternating_seconds(steps | {"product": product}, device, repeats)
     flops = flops_of_step(device) * rows
     return Timing(seconds["ours"], seconds["official"], flops / seconds["ours"], product_flops / seconds["product"])
 
@@ -132,8 +131,9 @@ ALGORITHMS = {"ours": our_losses, "official": official_losses}
 
 
 def step(model: Blip2xForPreTraining, losses, batch: dict[str, torch.Tensor], dtype: str) -> None:
-    """Gradients are added to those there are, as in accumulation."""
+    """Gradients are new ones, as after an optimizer's step."""
     device = batch["input_ids"].device.type
+    model.zero_grad(set_to_none=True)
     with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = sum(losses(model, **batch, negative_seed=0).values())
     loss.backward()

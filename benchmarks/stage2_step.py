@@ -116,6 +116,7 @@ def with_features(model: Blip2xForConditionalGeneration, batch: dict[str, torch.
 
 
 def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], dtype: str) -> None:
+    model.zero_grad(set_to_none=True)
     with torch.autocast(batch["labels"].device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         loss = model(**batch).loss
     loss.backward()

@@ -33,9 +33,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
 from .distributed_blip2x import batch_sizes, fetch_rows, global_share, global_sum, rank
-from .imagetext_blip2x import EncodedPairs
 from .losses_blip2x import image_text_similarity, itc_loss, itg_sum, itm_pairs, itm_sums
-from .outputs_blip2x import Blip2xForPreTrainingOutput, Blip2xTextFeatures
+from .outputs_blip2x import Blip2xForPreTrainingOutput, Blip2xTextFeatures, EncodedPairs
 from .pretraining_blip2x import Blip2xForPreTraining
 
 

@@ -5,7 +5,6 @@
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,42 +30,15 @@ from .outputs_blip2x import (
     Blip2xModelOutput,
     Blip2xMultimodalFeatures,
     Blip2xTextFeatures,
+    Contrast,
+    EncodedPairs,
     chosen_hidden_states,
 )
-from .qformer_blip2x import KeyValues, QFormerOutput, select_images
+from .qformer_blip2x import KeyValues, select_images
 
 TEMPERATURE = 0.07  # start of the learned ITC temperature (section 3.2)
 PAIRS_TOGETHER = 64  # of ITM where images are shared: few enough to be of about one length, enough to fill a GPU
 SMALLEST_TEMPERATURE = 1e-3  # a learned divisor must not reach zero
-
-
-@dataclass
-class EncodedPairs:
-    """What one batch is encoded to, once, for all objectives.
-
-    queries, text: those of ITC; decoded: the causal text of ITG, where it was asked for. sizes: rows on each rank;
-    first_row: of this rank.
-    """
-
-    vision: BaseModelOutput
-    image_key_values: tuple[KeyValues | None, ...]
-    queries: QFormerOutput
-    decoded: QFormerOutput | None
-    text: QFormerOutput
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    sizes: list[int]
-    first_row: int
-
-
-@dataclass
-class Contrast:
-    """ITC of a batch: logits (B, N) of this rank's rows against the global batch, and which of them are positives."""
-
-    logits_per_image: torch.Tensor
-    logits_per_text: torch.Tensor
-    positives: torch.Tensor
-    text: Blip2xTextFeatures
 
 
 class ItgHead(nn.Module):
@@ -214,7 +186,8 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         image_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(pairs, 2), order (no match, match), of image i, or image image_index[i], with text i; averaged over queries
-        (section 3.2). With image_index, pairs go together whose texts are of about one length, to read little padding."""
+        (section 3.2). With image_index, pairs go together that share an image, whose keys and values are then not copied,
+        or, where images have few texts each, whose texts are of about one length, to read little padding."""
         if image_index is None:
             hidden = self.get_multimodal_features(
                 pixel_values, input_ids, attention_mask, vision_embeds
@@ -225,12 +198,19 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         image = self.model.image_key_values(
             self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
         )
-        order = attention_mask.sum(dim=1).argsort(stable=True)
+        lengths = attention_mask.sum(dim=1)
+        has_many_texts_an_image = len(image_index) >= PAIRS_TOGETHER * image_index.unique().numel()
+        by_image = image_index * (1 + attention_mask.shape[1]) if has_many_texts_an_image else 0
+        order = (by_image + lengths).argsort(stable=True)
         logits = []
         for pairs in order.split(PAIRS_TOGETHER):
             mask = attention_mask[pairs]
             length = int(mask.any(dim=0).nonzero().max()) + 1
-            of_pairs = select_images(image, image_index[pairs])
+            index = image_index[pairs]
+            if (index == index[0]).all():
+                of_pairs = self._repeated(select_images(image, index[:1]), len(pairs))
+            else:
+                of_pairs = select_images(image, index)
             logits.append(self._itm_logits_of(input_ids[pairs, :length], mask[:, :length], of_pairs))
         return torch.cat(logits)[order.argsort()]
 

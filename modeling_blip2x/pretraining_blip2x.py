@@ -17,9 +17,9 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from .building_blip2x import build_pretraining
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
-from .imagetext_blip2x import Blip2xImageTextModel, EncodedPairs, ItgHead
+from .imagetext_blip2x import Blip2xImageTextModel, ItgHead
 from .losses_blip2x import itc_loss, itg_loss
-from .outputs_blip2x import Blip2xForPreTrainingOutput
+from .outputs_blip2x import Blip2xForPreTrainingOutput, EncodedPairs
 from .qformer_blip2x import QFormer
 
 

@@ -171,14 +171,15 @@ def test_scores_have_their_units():
     assert grid.shape == (3, 3) and torch.allclose(grid.diagonal(), pair, atol=1e-5)
 
 
+@pytest.mark.parametrize("index", [(2, 0, 1, 1, 0), (0, 1, 1, 0, 0)])
 @torch.no_grad()
-def test_pairs_that_share_images_are_scored_as_each_alone(monkeypatch):
-    """They go together by length, two at a time here; the order of the logits is that of the texts."""
+def test_pairs_that_share_images_are_scored_as_each_alone(monkeypatch, index):
+    """They go together by length, or by image, two at a time here; the order of the logits is that of the texts."""
     monkeypatch.setattr(imagetext_blip2x, "PAIRS_TOGETHER", 2)
     model = stage1().eval()
     data = batch(rows=5)
     data["attention_mask"][3, 4:] = 0
-    index = torch.tensor([2, 0, 1, 1, 0])
+    index = torch.tensor(index)
     logits = model.itm_logits(data["pixel_values"][:3], data["input_ids"], data["attention_mask"], image_index=index)
     alone = model.itm_logits(data["pixel_values"][index], data["input_ids"], data["attention_mask"])
     assert torch.allclose(logits, alone, atol=1e-5)
