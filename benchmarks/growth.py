@@ -4,7 +4,7 @@ A smaller Q-Former (2 layers of 128, 2 heads, features of 128) so that the large
 dropout; float32. Sizes not varied: batch 32, 32 queries, 257 image tokens. Memory is what autograd holds at most for the
 backward, beside parameters and inputs. An exponent is the slope of a line fitted to the logarithms of all sizes, which take
 turns; the row's baseline is that of the mathematics: of the FLOPs counted for time, 1 for memory, for fused attention keeps
-no matrix of scores. Ranks: gloo processes with one thread each and the same pairs a rank, so time of a step should stay:
+no matrix of scores. Ranks: gloo processes with one thread each and the usual batch a rank, so time of a step should stay:
 exponent 0 where the machine has as many idle cores.
 """
 
@@ -47,7 +47,7 @@ def run(device: str) -> list[Row]:
     if device == "cpu":
         seconds = [seconds_of_ranks(ranks) for ranks in RANKS]
         print(f"{'ranks':>12} {'s/step':>9}\n" + "\n".join(f"{n:>12} {s:>9.4f}" for n, s in zip(RANKS, seconds)))
-        rows.append(row("ranks 1 to 2, 8 pairs each, time", device, exponent(RANKS, seconds), 0.0))
+        rows.append(row("ranks 1 to 2, 32 pairs each, time", device, exponent(RANKS, seconds), 0.0))
     return rows
 
 
@@ -117,7 +117,7 @@ def step(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
 
 
 def seconds_of_ranks(ranks: int) -> float:
-    """Seconds of a step of 8 pairs a rank, gradients averaged by DDP; of the first rank."""
+    """Seconds of a step of 32 pairs a rank, gradients averaged by DDP; of the first rank."""
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(run_rank, args=(folder, ranks), nprocs=ranks)
         return float(Path(folder, "seconds").read_text())
@@ -127,7 +127,7 @@ def run_rank(rank: int, folder: str, ranks: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     model = DistributedDataParallel(small_model(USUAL["queries"]))
-    batch = make_batch("cpu", 8, USUAL["image tokens"])
+    batch = make_batch("cpu", USUAL["batch"], USUAL["image tokens"])
     seconds = alternating_seconds({"step": partial(step, model, batch)}, "cpu", repeats=5)["step"]
     if rank == 0:
         Path(folder, "seconds").write_text(str(seconds))
