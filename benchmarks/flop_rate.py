@@ -16,7 +16,7 @@ def run(device: str) -> list[Row]:
             timing = timed(device, dtype, batch)
             share, aim = timing.flop_rate / timing.limit, SHARE.get((device, dtype))
             met = None if aim is None else share >= aim
-            case = f"stage-1 step, batch {batch}; baseline: matrix product"
+            case = f"forward and backward, batch {batch}; baseline: matrix product"
             figures = timing.flop_rate / 1e9, timing.limit / 1e9, "GFLOP/s", share, aim, met
             rows.append(Row("flop_rate", case, device, dtype, *figures))
     return rows

@@ -13,7 +13,8 @@ class Row:
     """One line of the table: ours against a baseline measured in the same run.
 
     ours, baseline: in `unit`; baseline None where there is nothing to compare with. ratio: how much better ours is (above
-    1 is better), None without a baseline. aim: the ratio to reach. met: None without an aim.
+    1 is better), None without a baseline. aim: the ratio to reach. met: None without an aim;
+    exponents and peaks of memory have one that is not a ratio.
     """
 
     suite: str

@@ -40,7 +40,7 @@ def run(device: str) -> list[Row]:
     for dtype in dtypes(device):
         for batch in BATCHES:
             timing, in_float32 = timed(device, dtype, batch), timed(device, "float32", batch)
-            case = f"stage-1 step, batch {batch}"
+            case = f"forward and backward, batch {batch}"
             compared = [(case, timing.official, FASTER.get((device, dtype)))]
             if dtype == "bfloat16" and device == "cpu":
                 compared = [
