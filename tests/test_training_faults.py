@@ -94,11 +94,12 @@ def test_killed_twenty_times_at_random_moments(fields, tmp_path):
     """The script itself: ten times in the middle of a save, eight times anywhere in training, twice while it starts."""
     run = {**fields, "max_steps": 200, "save_steps": 3}
     draw = random.Random(0)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # in so small a model several only wait for one another
 
     def start(out: Path) -> subprocess.Popen:
         command = [sys.executable, str(TRAINING / "pretrain_stage1.py"), *flags({**run, "output_dir": out})]
         with open(tmp_path / f"{out.name}.log", "a") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log)
+            return subprocess.Popen(command, stdout=log, stderr=log, env=one_thread)
 
     def wait_for_a_save(out: Path) -> None:
         clear_leftovers(out)
