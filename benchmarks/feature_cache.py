@@ -53,13 +53,14 @@ def run(device: str) -> list[Row]:
 def show(name: str, result: dict, batch_size: int) -> None:
     plain, cached, writing = result["without"], result["with"], result["writing"]
     per_image = writing["seconds"] / writing["images"]
-    pays_after = per_image * batch_size / (plain["step"] - cached["step"])
+    saved = (plain["step"] - cached["step"]) / batch_size
+    pays = f"pays after           {per_image / saved:.2f} epochs" if saved > 0 else "saves nothing here"
     print(
         f"{name}, batch {batch_size}: reading images takes {plain['data']:.3f} s of the step, reading features "
         f"{cached['data']:.3f} s\n"
         f"  loss, same batch     {result['losses']['without']:.6f} without, {result['losses']['with']:.6f} with\n"
         f"  writing              {per_image:.3f} s and {writing['bytes'] / writing['images'] / 1e3:.1f} kB an image "
         f"(float16)\n"
-        f"  pays after           {pays_after:.2f} epochs",
+        f"  {pays}",
         flush=True,
     )

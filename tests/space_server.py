@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from tiny import stage1, stage1_processor, stage2, stage2_processor
 ROOT = Path(__file__).resolve().parent.parent
 SPACE = ROOT / "space_app"
 EXAMPLES = sorted((SPACE / "examples").glob("*.png"))
+TEXTS = ["a red circle", "a blue dog on the square", "two"]
+NEVER = threading.Event()  # of work that nobody stops
 
 
 def liven_scores(model: torch.nn.Module) -> torch.nn.Module:

@@ -14,21 +14,8 @@ import torch
 import work
 from PIL import Image
 from settings import Settings
-from space_server import load_tiny, noise_pictures
+from space_server import NEVER, TEXTS
 from tiny import bert_tokenizer, llm_tokenizer
-
-NEVER = threading.Event()
-TEXTS = ["a red circle", "a blue dog on the square", "two"]
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return load_tiny(tmp_path_factory.mktemp("space"))
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    return noise_pictures()
 
 
 def silent(*_):

@@ -2,7 +2,6 @@
 
 import io
 import shutil
-import threading
 
 import answers
 import attention
@@ -14,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 from settings import Settings
-from space_server import EXAMPLES, SPACE, save_tiny, serving
+from space_server import EXAMPLES, NEVER, SPACE, save_tiny, serving
 from uploads import open_upload
 
 BROWSER = next(
@@ -23,7 +22,6 @@ BROWSER = next(
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium, Chrome or Edge on this machine (apt install chromium)"
 )
-NEVER = threading.Event()
 WIDE, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 WAIT = 20_000  # milliseconds
 expect.set_options(timeout=WAIT)

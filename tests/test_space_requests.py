@@ -1,7 +1,6 @@
 """How the Space takes a request: what it refuses, how it works and stops, and what the page shows, without a server."""
 
 import io
-import threading
 import time
 
 import about
@@ -21,22 +20,8 @@ from controls import CAPTIONED
 from mistakes import Mistake
 from PIL import Image
 from settings import RANGES, Settings, check_text, check_texts, check_whole
-from space_server import EXAMPLES, SPACE, load_tiny, noise_pictures
+from space_server import EXAMPLES, SPACE
 from tiny import image
-
-NEVER = threading.Event()
-TEXTS = ["a red circle", "a blue dog on the square", "two"]
-
-
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
-    return load_tiny(tmp_path_factory.mktemp("space"))
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    return noise_pictures()
-
 
 # What is refused
 
