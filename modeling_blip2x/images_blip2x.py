@@ -49,7 +49,10 @@ def rgb_image(source) -> Image.Image:
         try:
             source.load()
         except Exception as error:  # it was opened, but not decoded yet
-            raise ValueError(f"The image {source!r} cannot be decoded: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"The {source.format or 'PIL'} image of {source.width} x {source.height} pixels cannot be decoded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return _of_image(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _of_file(io.BytesIO(source), f"The image in {len(source)} bytes")
@@ -109,7 +112,7 @@ def _of_file(file: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
 
 
 def _of_image(image: Image.Image) -> Image.Image:
-    in_16_bits = image.mode == "I" and image.format in ("PNG", "PPM")  # PIL has read them into 32
+    in_16_bits = image.mode == "I" and image.format == "PPM"  # which PIL reads into 32
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
