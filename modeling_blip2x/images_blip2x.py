@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # What Pillow decodes itself and knows by its first bytes. EPS and WMF, which it hands to other programs, are not here.
 FORMATS = (
@@ -93,6 +93,15 @@ def why_unreadable(error: Exception, file: str | os.PathLike | BinaryIO) -> str:
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
+def orientation_of(image: Image.Image) -> int:
+    """How EXIF says that the picture lies, 1 to 8: 1 upright, 5 and above on a side. Damaged data turn nothing."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # however they are damaged, the pixels may be sound
+        return 1
+    return found if found in range(1, 9) else 1
+
+
 def _of_dict(source: dict):
     """Bytes, or where there are none a path."""
     if not source.keys() & {"bytes", "path"}:
@@ -112,13 +121,13 @@ def _of_file(file: str | os.PathLike | BinaryIO, name: str) -> Image.Image:
 
 
 def _of_image(image: Image.Image) -> Image.Image:
-    in_16_bits = image.mode == "I" and image.format == "PPM"  # which PIL reads into 32
-    image = ImageOps.exif_transpose(image)
+    if orientation_of(image) != 1:  # exif_transpose would copy the others
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
-        grey = Image.fromarray(
-            _to_levels(values.astype(np.uint16) if in_16_bits else values, f"a PIL image of mode {image.mode}")
-        )
+        if image.mode == "I" and image.format == "PPM":
+            values = values.astype(np.uint16)  # PIL reads 16 bits into 32
+        grey = Image.fromarray(_to_levels(values, f"a PIL image of mode {image.mode}"))
         if image.info.get("transparency") is not None:
             grey.paste(255, mask=Image.fromarray(values == image.info["transparency"]))
         return grey.convert("RGB")
@@ -131,9 +140,8 @@ def _on_white(image: Image.Image) -> Image.Image:
     """RGB of an image with alpha, or with a colour or palette entry that stands for transparent."""
     hidden = image.info.get("transparency")
     if isinstance(hidden, tuple) and max(hidden) > 255:
-        image.info["transparency"] = tuple(
-            level >> 8 for level in hidden
-        )  # of 16 bits; PIL has reduced the pixels alone
+        image = image.copy()  # the caller's stays as it is
+        image.info["transparency"] = tuple(level >> 8 for level in hidden)  # PIL has made 8 bits of the pixels alone
     if image.mode == "La":
         image = image.convert("LA")
     image = image.convert("RGBA")

@@ -6,9 +6,9 @@ import re
 
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image
+from PIL import Image
 
-from modeling_blip2x.images_blip2x import rgb_image
+from modeling_blip2x.images_blip2x import orientation_of, rgb_image
 
 PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 WHITESPACE = re.compile(r"\s+")
@@ -51,8 +51,7 @@ def augment_image(image: Image.Image, size: tuple[int, int], rng: random.Random)
     A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size where the crop keeps twice `size`: with
     less, training would see sharper images than evaluation.
     """
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    width, height = reversed(image.size) if orientation >= 5 else image.size  # 5 and above: turned by 90 degrees
+    width, height = reversed(image.size) if orientation_of(image) >= 5 else image.size
     box = draw_crop(width, height, rng)
     smaller = min((box[2] - box[0]) // (2 * size[1]), (box[3] - box[1]) // (2 * size[0]))
     if smaller > 1:
