@@ -13,12 +13,10 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 # What Pillow decodes itself and knows by its first bytes. EPS and WMF, which it hands to other programs, are not here.
-FORMATS = (
-    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "MPO", "PPM", "DIB", "ICO", "QOI"),
-    "HEIF",  # where pillow-heif is registered
-)
+# HEIF is read where the package pillow-heif has been registered.
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 MPO PPM DIB ICO QOI HEIF".split()
 CHANNELS = (1, 3, 4)
-BRIGHTEST_OF_FEW = 3  # floats up to here may be fractions overshooting 1, or normalised pixels
+UNCLEAR = 3  # floats whose largest is from 1 to here may be fractions that overshot, or normalised pixels
 HALF_LEVEL = 0.5 / 255  # what rounding to 8 bits takes away
 
 
@@ -37,7 +35,7 @@ def rgb_image(source) -> Image.Image:
         - bool: white where true. uint8: 0 to 255.
         - uint16: 0 to 65535; not all below 256, which would be black and is more likely of 8 bits.
         - other integers: 0 to 255, or where any is larger 0 to 65535.
-        - floats: 0 to 1, or where any is larger 0 to 255; not up to 1.5 or 2, which could be either.
+        - floats: 0 to 1, or where any is larger 0 to 255; the largest not between 1 and 3, which could be either.
 
     Raises:
         ValueError: a file that is missing, cut off or no picture; a shape or levels that are none of these.
@@ -53,6 +51,8 @@ def rgb_image(source) -> Image.Image:
                 f"The {source.format or 'PIL'} image of {source.width} x {source.height} pixels cannot be decoded: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        if 0 in source.size:
+            raise ValueError(f"An image is {source.width} x {source.height} pixels large, which holds none.")
         return _of_image(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _of_file(io.BytesIO(source), f"The image in {len(source)} bytes")
@@ -87,7 +87,8 @@ def why_unreadable(error: Exception, file: str | os.PathLike | BinaryIO) -> str:
         return "the file is missing"
     if isinstance(error, UnidentifiedImageError):
         empty = os.stat(file).st_size == 0 if isinstance(file, (str, os.PathLike)) else file.seek(0, io.SEEK_END) == 0
-        return "the file is empty" if empty else f"no known image format; known are {', '.join(FORMATS)}"
+        known = f"no known image format ({', '.join(FORMATS)}), or a kind of one that Pillow does not read"
+        return "the file is empty" if empty else known
     if isinstance(error, Image.DecompressionBombError):
         return f"decompression bomb: {error}"
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
@@ -183,7 +184,7 @@ def _to_levels(values: np.ndarray, what: str) -> np.ndarray:
     if kind == "f":
         if -HALF_LEVEL <= low and high <= 1 + HALF_LEVEL:
             return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
-        if -0.5 <= low and BRIGHTEST_OF_FEW < high <= 255.5:
+        if -0.5 <= low and UNCLEAR < high <= 255.5:
             return np.rint(values.clip(0, 255)).astype(np.uint8)
         raise ValueError(
             f"{spans}. Floats are levels of 0 to 1, or of 0 to 255: undo a normalisation, clip what resizing overshot, or scale."
@@ -197,4 +198,4 @@ def _to_levels(values: np.ndarray, what: str) -> np.ndarray:
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-__all__ = ["rgb_image"]
+__all__ = ["open_picture", "orientation_of", "rgb_image", "why_unreadable"]

@@ -41,7 +41,7 @@ def open_upload(path: str | Path) -> Image.Image:
         with opened as image:
             _check_size(image)
             image.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))  # JPEG decodes at a fraction of its size
-            picture = in_colours(ImageOps.exif_transpose(image))
+            picture = in_colours(upright(image))
         picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
         return on_white(picture)
     except Mistake:  # a ValueError
@@ -63,6 +63,14 @@ def _check_size(image: Image.Image) -> None:
             f"This picture has {megapixels:.0f} megapixels ({image.width} x {image.height}); at most "
             f"{MAX_MEGAPIXELS:g} are taken. Send a smaller one."
         )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data that are damaged in any way; the pixels are sound
+        return image
 
 
 def in_colours(image: Image.Image) -> Image.Image:

@@ -227,6 +227,7 @@ def test_where_both_ends_could_be_channels_arrays_end_with_them_and_tensors_star
         (torch.zeros(5), r"shape \(5,\)"),
         (np.zeros((9, 9, 5), np.uint8), r"\(9, 9, 5\).*1, 3 or 4 channels"),
         (np.zeros((0, 3, 3), np.uint8), r"\(0, 3, 3\).*no pixel"),
+        (Image.new("RGB", (0, 5)), "0 x 5 pixels"),
         (np.zeros((3, 3), complex), "complex128.*no levels"),
         ({}, "Give it bytes or a path"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
@@ -307,7 +308,7 @@ def test_every_orientation_is_turned_once(mode, kind):
         assert np.array_equal(rgb_image(shown), shown), "turned again"
 
 
-def test_damaged_exif_turns_nothing():
+def test_damaged_exif_turns_nothing(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 9  # 1 to 8 are defined
     for data in (b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", exif.tobytes()):
@@ -316,6 +317,8 @@ def test_damaged_exif_turns_nothing():
             warnings.simplefilter("ignore")  # PIL's
             assert orientation_of(Image.open(io.BytesIO(content))) == 1
             assert np.array_equal(rgb_image(content), PIXELS)
+            (tmp_path / "damaged.png").write_bytes(content)
+            assert np.array_equal(uploads.open_upload(tmp_path / "damaged.png"), PIXELS)
 
 
 def test_ordinary_photos_keep_every_bit():
