@@ -12,26 +12,25 @@ def id_lists(ids) -> list[list[int]]:
     return [rows] if rows and isinstance(rows[0], int) else [list(row) for row in rows]
 
 
-def new_ids(rows: list[list[int]], prompts: list[list[int]] | None) -> list[list[int]]:
-    """Rows of generated ids without the prompts they begin with, or without the token that decoding started from.
+def without_prompts(rows: list[list[int]], prompts: list[list[int]]) -> list[list[int]]:
+    """Rows of generated ids without the prompts they begin with, where they do: those of decoder-only models.
 
     Args:
-        rows: one or more for each prompt, those of a prompt one after the other. prompts: None where there was none.
+        rows: one or more for each prompt, those of a prompt one after the other.
 
     Raises:
         ValueError: the rows are no multiple of the prompts.
     """
-    if prompts is not None:
-        if not prompts or len(rows) % len(prompts):
-            raise ValueError(
-                f"ids has {len(rows)} rows and input_ids {len(prompts)}. Pass what generate returned and the input_ids that "
-                "it was given."
-            )
-        copies = len(rows) // len(prompts)
-        prompts = [prompt for prompt in prompts for _ in range(copies)]
-        if all(row[: len(prompt)] == prompt for row, prompt in zip(rows, prompts)):
-            return [row[len(prompt) :] for row, prompt in zip(rows, prompts)]
-    return [row[1:] for row in rows]  # it may be the end token too, as BART's
+    if not prompts or len(rows) % len(prompts):
+        raise ValueError(
+            f"ids has {len(rows)} rows and input_ids {len(prompts)}. Pass what generate returned and the input_ids that it "
+            "was given."
+        )
+    copies = len(rows) // len(prompts)
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
+    if all(row[: len(prompt)] == prompt for row, prompt in zip(rows, prompts)):
+        return [row[len(prompt) :] for row, prompt in zip(rows, prompts)]
+    return rows
 
 
 def decode_until(tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], end: int | None) -> list[str]:

@@ -17,7 +17,7 @@ from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import AddedToken
 
 from .arguments_blip2x import NOT_OF_PROMPTS, TEXT_ARGUMENTS, refuse, split_arguments
-from .decoding_blip2x import decode_until, id_lists, new_ids
+from .decoding_blip2x import decode_until, id_lists, without_prompts
 from .imagelists_blip2x import list_images, open_image
 from .tokenizing_blip2x import encode_captions, encode_for_qformer, encode_prompts, images_by_text, list_texts
 
@@ -164,11 +164,12 @@ class Blip2xProcessor(ProcessorMixin):
 
         Both may be tensors, arrays or lists.
         """
-        rows = id_lists(ids["sequences"] if isinstance(ids, Mapping) else ids)
-        prompts = None if input_ids is None else id_lists(input_ids)
-        stage1 = self.num_query_tokens is None
-        end = self.tokenizer.sep_token_id if stage1 else self.tokenizer.eos_token_id
-        return decode_until(self.tokenizer, new_ids(rows, prompts), end)
+        given = id_lists(ids["sequences"] if isinstance(ids, Mapping) else ids)
+        end = self.tokenizer.sep_token_id if self.num_query_tokens is None else self.tokenizer.eos_token_id
+        new = given if input_ids is None else without_prompts(given, id_lists(input_ids))
+        if new is given:  # an encoder-decoder's: some, as BART, start decoding from the end token
+            new = [row[1:] if row[:1] == [end] else row for row in new]
+        return decode_until(self.tokenizer, new, end)
 
     # transformers' processors hold and save every component of their signature. The Q-Former's tokenizer may be absent,
     # so it is kept, saved and loaded here.

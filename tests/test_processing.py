@@ -360,6 +360,7 @@ def test_decoding_stops_at_the_end_token():
     assert processor.batch_decode_new([prompt[0] + answer], prompt) == ["red"]
     assert processor.batch_decode_new([[0, *answer]], prompt) == ["red"]  # an encoder-decoder's
     assert processor.batch_decode_new([[2, *answer]], prompt) == ["red"]  # whose decoder starts from </s>
+    assert processor.batch_decode_new([answer], prompt) == ["red"]  # where generate was given inputs_embeds
     assert processor.batch_decode_new([prompt[0] + [word("</s>"), word("on")]], prompt) == [""]
     first = stage1_processor()
     word = first.tokenizer.convert_tokens_to_ids
