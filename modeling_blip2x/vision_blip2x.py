@@ -4,15 +4,19 @@ BLIP-2's own EVA tower is `Blip2VisionModel`, which AutoModel does not know. Its
 frozen tower: it is the trained `ln_vision` of the model around it, so it is replaced by an identity here.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from types import MethodType
 
 import torch
 from torch import nn
 from transformers import AutoModel, Blip2VisionModel, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.output_capturing import _hook_installation_lock
 
 from .outputs_blip2x import chosen_hidden_states
 
@@ -61,6 +65,31 @@ def parameters_of_features(tower: nn.Module, feature_layer: int) -> set[str]:
     return {name for name, gradient in zip(names, gradients) if gradient is not None}
 
 
+def with_eager_attention(module: nn.Module) -> nn.Module:
+    """A view of `module` whose attention is eager: sdpa has no weights to return, and transformers returns empty tuples.
+
+    The view has modules and configs of its own, and everything else is shared: parameters (gradients reach them), buffers,
+    adapters, packed weights. `module` itself is only read, so that other threads may be calling it. Costs about 30
+    microseconds for each of its submodules; make a view for a call, as it does not see what is attached to `module` later.
+    """
+    views: dict[int, object] = {id(part): object.__new__(type(part)) for part in module.modules()}
+    with _hook_installation_lock:  # transformers records weights by hooks: all are there, or none, and a mark says which
+        for part in module.modules():
+            state = part.__getstate__()  # without what torch.compile made of the part
+            for name, value in state.items():
+                if isinstance(value, (PreTrainedConfig, MethodType, partial)):  # methods: accelerate's forward of its hooks
+                    state[name] = copy.deepcopy(value, views)
+                elif isinstance(value, dict) and not any(isinstance(item, torch.Tensor) for item in value.values()):
+                    state[name] = value.copy()  # of hooks, or of submodules
+                    state[name].update((key, views[id(item)]) for key, item in value.items() if id(item) in views)
+            views[id(part)].__setstate__(state)
+    view = views[id(module)]
+    for part in view.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation("eager")
+    return view
+
+
 @contextmanager
 def attention_weights_of(model: nn.Module, wanted: bool | None) -> Iterator[None]:
     """Eager attention within, where weights are wanted: sdpa computes none, and transformers would return empty tuples."""
@@ -93,8 +122,8 @@ def vision_features(
         options["output_attentions"] = True
     if interpolate_pos_encoding and "interpolate_pos_encoding" in accepted:
         options["interpolate_pos_encoding"] = True  # DINOv2 and CNNs take any size anyway
-    with attention_weights_of(tower, output_attentions):
-        output = tower(pixel_values=pixel_values, return_dict=True, **options)
+    model = with_eager_attention(tower) if output_attentions else tower
+    output = model(pixel_values=pixel_values, return_dict=True, **options)
     features = output.last_hidden_state if feature_layer == -1 else output.hidden_states[feature_layer]
     if features.ndim == 4:
         features = features.flatten(2).transpose(1, 2)
