@@ -73,11 +73,13 @@ def with_eager_attention(module: nn.Module) -> nn.Module:
     microseconds for each of its submodules; make a view for a call, as it does not see what is attached to `module` later.
     """
     views: dict[int, object] = {id(part): object.__new__(type(part)) for part in module.modules()}
-    with _hook_installation_lock:  # transformers records weights by hooks: all are there, or none, and a mark says which
+    # transformers records weights by hooks, and a mark says that they are there: the view gets both, or none.
+    with _hook_installation_lock:
         for part in module.modules():
             state = part.__getstate__()  # without what torch.compile made of the part
             for name, value in state.items():
-                if isinstance(value, (PreTrainedConfig, MethodType, partial)):  # methods: accelerate's forward of its hooks
+                # A method or partial among the attributes is a forward that accelerate, say, has put before the class's.
+                if isinstance(value, (PreTrainedConfig, MethodType, partial)):
                     state[name] = copy.deepcopy(value, views)
                 elif isinstance(value, dict) and not any(isinstance(item, torch.Tensor) for item in value.values()):
                     state[name] = value.copy()  # of hooks, or of submodules
