@@ -71,7 +71,7 @@ def chunked_backward(
         raise ValueError("Stage 1 needs texts: input_ids is None. Pass the output of processor(images, text).")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     vision = _tower_features(model, pixel_values, vision_embeds, chunk_size, autocast)
-    model._check_rows(len(vision), len(input_ids))
+    model._check_rows(vision, input_ids)
     sizes = batch_sizes(len(vision), vision.device)
     first_row = sum(sizes[: rank()])
     if sum(sizes) == 1:

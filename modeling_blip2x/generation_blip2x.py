@@ -23,6 +23,7 @@ from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
 from .outputs_blip2x import Blip2xForConditionalGenerationOutput, Blip2xImageFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
 from .prompting_blip2x import ImagePrompting, positions_of
+from .qformer_blip2x import in_own_dtype
 from .vision_blip2x import attention_weights_of
 
 logger = logging.get_logger(__name__)
@@ -148,7 +149,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         )
         output = Blip2xImageFeatures(
             last_hidden_state=queries.vision_embeds,
-            pooler_output=self.language_projection(queries.last_hidden_state.to(self.language_projection.weight.dtype)),
+            pooler_output=in_own_dtype(self.language_projection, queries.last_hidden_state),
             hidden_states=queries.vision_outputs.hidden_states,
             attentions=queries.vision_outputs.attentions,
             qformer_outputs=queries,

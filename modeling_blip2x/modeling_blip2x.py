@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_blip2x import Blip2xConfig
 from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
-from .qformer_blip2x import KeyValues, QFormer, QueryTokens
+from .qformer_blip2x import KeyValues, QFormer, QueryTokens, dtype_of_inputs, in_own_dtype
 from .vision_blip2x import build_vision_tower, freeze_unused_parts, parameters_of_features, vision_features
 
 QUERY_STD = 0.02  # of the official implementation
@@ -35,6 +35,8 @@ class Blip2xPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _no_split_modules = ["QFormerLayer", "QFormerTextEmbeddings", "QueryTokens"]
     _skip_keys_device_placement = ["past_key_values"]
+    # Narrow layers that all of an image or text passes: float32 in a float16 model, and left alone by quantisation.
+    _keep_in_fp32_modules = ["language_projection", "vision_projection", "text_projection", "itm_head"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -172,7 +174,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             return vision_features(
                 self.vision_model,
-                pixel_values.to(self.vision_model.dtype),
+                pixel_values.to(dtype_of_inputs(self.vision_model, pixel_values.dtype)),
                 self.config.vision_feature_layer,
                 interpolate_pos_encoding or self.config.interpolate_pos_encoding,
                 output_attentions,
@@ -181,13 +183,13 @@ class Blip2xModel(Blip2xPreTrainedModel):
 
     def image_key_values(self, vision_embeds: torch.Tensor) -> tuple[KeyValues | None, ...]:
         """vision_embeds (B, N, D) -> normalised, then keys and values for every cross-attention of the Q-Former."""
-        width = self.ln_vision.normalized_shape[0]
+        width = self.config.qformer_config.encoder_hidden_size
         if vision_embeds.ndim != 3 or vision_embeds.shape[-1] != width:
             raise ValueError(
                 f"vision_embeds must be (batch, positions, {width}), got shape {tuple(vision_embeds.shape)}. They must "
                 "come from this model's own vision tower."
             )
-        return self.qformer.image_key_values(self.ln_vision(vision_embeds.to(self.ln_vision.weight.dtype)))
+        return self.qformer.image_key_values(in_own_dtype(self.ln_vision, vision_embeds))
 
     def resolve_outputs(
         self, attentions: bool | None, hidden_states: bool | list[int] | None
@@ -226,7 +228,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
             pixel_values, vision_embeds, interpolate_pos_encoding, output_attentions, output_hidden_states
         )
         image = self.image_key_values(vision.last_hidden_state)
-        queries = self.query_tokens(len(vision.last_hidden_state))
+        queries = self.query_tokens(vision.last_hidden_state.shape[0])
         if qformer_input_ids is None:
             out = self.qformer.encode_queries(queries, image, output_attentions)
         else:
