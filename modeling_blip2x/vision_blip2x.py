@@ -106,6 +106,12 @@ def attention_weights_of(model: nn.Module, wanted: bool | None) -> Iterator[None
             config._attn_implementation = implementation
 
 
+def _unwrapped(tower: nn.Module) -> nn.Module:
+    """The tower inside, where PEFT has wrapped it whole: the wrappers' forward takes any argument."""
+    tower = tower.get_base_model() if hasattr(tower, "get_base_model") else tower
+    return getattr(tower, "original_module", tower)  # of modules_to_save
+
+
 def vision_features(
     tower: nn.Module,
     pixel_values: torch.Tensor,
@@ -118,14 +124,14 @@ def vision_features(
 
     A feature map (B, D, h, w) becomes (B, h * w, D). Raises ValueError where the tower refuses the image size.
     """
-    accepted = inspect.signature(tower.forward).parameters
+    accepted = inspect.signature(_unwrapped(tower).forward).parameters
     options = {"output_hidden_states": True} if output_hidden_states or feature_layer != -1 else {}
     if output_attentions and ("output_attentions" in accepted or "kwargs" in accepted):
         options["output_attentions"] = True
     if interpolate_pos_encoding and "interpolate_pos_encoding" in accepted:
         options["interpolate_pos_encoding"] = True  # DINOv2 and CNNs take any size anyway
     model = with_eager_attention(tower) if output_attentions else tower
-    output = model(pixel_values=pixel_values, return_dict=True, **options)
+    output = model(pixel_values, return_dict=True, **options)
     features = output.last_hidden_state if feature_layer == -1 else output.hidden_states[feature_layer]
     if features.ndim == 4:
         features = features.flatten(2).transpose(1, 2)
