@@ -34,7 +34,7 @@ class Blip2xPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _no_split_modules = ["QFormerLayer", "QFormerTextEmbeddings", "QueryTokens"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # one cache by its two names
     # Narrow layers that all of an image or text passes: float32 in a float16 model, and left alone by quantisation.
     _keep_in_fp32_modules = ["language_projection", "vision_projection", "text_projection", "itm_head"]
 
@@ -78,7 +78,7 @@ class Blip2xPreTrainedModel(PreTrainedModel):
         the batch norms of a tower: their statistics come from far more images than fine-tuning shows."""
         super().train(mode)
         for module in self.shared_model.vision_model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
                 module.eval()
         for part in self.frozen_candidates():
             if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -130,7 +130,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         self.vision_model = freeze_unused_parts(tower)
         self.ln_vision = nn.LayerNorm(qformer_config.encoder_hidden_size, eps=config.vision_layer_norm_eps)
         self.query_tokens = QueryTokens(config.num_query_tokens, qformer_config.hidden_size)
-        self.qformer = QFormer._from_config(qformer_config)
+        self.qformer = QFormer(qformer_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module | None:

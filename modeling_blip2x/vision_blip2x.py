@@ -32,7 +32,7 @@ PARTS_WITHOUT_GRADIENT = {
 def build_vision_tower(config: PreTrainedConfig) -> nn.Module:
     """Vision model of this config with random weights."""
     if config.model_type == "blip_2_vision_model":
-        return without_final_norm(Blip2VisionModel._from_config(config))
+        return without_final_norm(Blip2VisionModel(config))
     return AutoModel.from_config(config)
 
 
