@@ -199,7 +199,8 @@ def fit_image_token(language_model: nn.Module, image_token_index: int) -> None:
 
     Generation needs it all the same: penalties and constraints index the scores by the ids of the prompt.
     """
-    rows = language_model.get_input_embeddings().num_embeddings
+    table = language_model.get_input_embeddings()
+    rows = getattr(table, "num_embeddings", table.weight.shape[0])  # an adapter's wrapper has the weight alone
     if image_token_index >= rows:
         trainable = [p.requires_grad for p in language_model.parameters()]
         language_model.resize_token_embeddings(image_token_index + 1, mean_resizing=False)

@@ -71,7 +71,7 @@ def chunked_backward(
         raise ValueError("Stage 1 needs texts: input_ids is None. Pass the output of processor(images, text).")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     vision = _tower_features(model, pixel_values, vision_embeds, chunk_size, autocast)
-    model._check_rows(len(vision), len(input_ids))
+    model._check_rows(vision, input_ids)
     sizes = batch_sizes(len(vision), vision.device)
     first_row = sum(sizes[: rank()])
     if sum(sizes) == 1:
@@ -96,22 +96,24 @@ def chunked_backward(
     images, texts = (torch.cat(parts).requires_grad_() for parts in zip(*features))
 
     # ITC, and the gradient of its features
-    contrast = model.compare(
-        images,
-        Blip2xTextFeatures(pooler_output=texts),
-        image_ids,
-        sizes,
-        first_row,
-        similarity=lambda images, texts: _similarity_in_chunks(images, texts, chunk_size),
-    )
     means, feature_gradients = {}, ()
-    if "itc" in objectives:
-        loss_itc = itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
-        leaves = [images, texts] + [model.temperature] * model.temperature.requires_grad
-        feature_gradients = torch.autograd.grad(loss_itc, leaves)
-        for gradient in feature_gradients[2:]:
-            backward((model.temperature * gradient).sum())
-        means["loss_itc"] = loss_itc.detach()
+    with _own_parameters(model):
+        contrast = model.compare(
+            images,
+            Blip2xTextFeatures(pooler_output=texts),
+            image_ids,
+            sizes,
+            first_row,
+            similarity=lambda images, texts: _similarity_in_chunks(images, texts, chunk_size),
+        )
+        if "itc" in objectives:
+            loss_itc = itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
+            leaves = [images, texts] + [model.temperature] * model.temperature.requires_grad
+            feature_gradients = torch.autograd.grad(loss_itc, leaves)
+            for gradient in feature_gradients[2:]:
+                backward((model.temperature * gradient).sum())
+            means["loss_itc"] = loss_itc.detach()
+        temperature = model.temperature.detach()[0]
 
     # Negatives of ITM, and the number of terms of each global mean
     counts = {}
@@ -153,10 +155,23 @@ def chunked_backward(
     return Blip2xForPreTrainingOutput(
         loss=sum(mean for name, mean in means.items() if name.startswith("loss")),
         **means,
-        temperature=model.temperature.detach()[0],
+        temperature=temperature,
         logits_per_image=contrast.logits_per_image.detach(),
         logits_per_text=contrast.logits_per_text.detach(),
     )
+
+
+@contextmanager
+def _own_parameters(model: Blip2xForPreTraining):
+    """The model's own parameters at hand: while offloaded, accelerate loads them for its forward, which is not called."""
+    hook = model._hf_hook if model.temperature.is_meta else None
+    if hook is not None:
+        hook.pre_forward(model)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.post_forward(model, None)
 
 
 @torch.no_grad()

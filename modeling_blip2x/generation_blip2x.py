@@ -8,6 +8,7 @@ of beams. Output of a decoder-only model begins with the prompt's ids; `Blip2xPr
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -28,7 +29,8 @@ from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
 from .outputs_blip2x import Blip2xForConditionalGenerationOutput, Blip2xImageFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
 from .prompting_blip2x import ImagePrompting
-from .vision_blip2x import attention_weights_of
+from .qformer_blip2x import in_own_dtype
+from .vision_blip2x import with_eager_attention
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +51,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         self.model = Blip2xModel(config, vision_model)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.language_model = auto_class.from_config(config.text_config) if language_model is None else language_model
-        width = self.language_model.get_input_embeddings().embedding_dim
+        width = self.language_model.get_input_embeddings().weight.shape[1]
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.signature = LanguageModelSignature(self.language_model)
         self.post_init()
@@ -151,7 +153,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         )
         output = Blip2xImageFeatures(
             last_hidden_state=queries.vision_embeds,
-            pooler_output=self.language_projection(queries.last_hidden_state.to(self.language_projection.weight.dtype)),
+            pooler_output=in_own_dtype(self.language_projection, queries.last_hidden_state),
             hidden_states=queries.vision_outputs.hidden_states,
             attentions=queries.vision_outputs.attentions,
             qformer_outputs=queries,
@@ -325,10 +327,9 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             options |= self.signature.chosen(logits_to_keep=logits_to_keep)
         if self.training:
             options.setdefault("use_cache", False)  # nothing goes on from a training step
-        with attention_weights_of(self.language_model, options.get("output_attentions")):
-            out = self.callable_language_model(
-                inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
-            )
+        out = self._language_model_for(options)(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
+        )
         if targets is None:
             return out, None
         return out, language_modelling_loss(out.logits[:, : targets.shape[1]], targets)
@@ -351,17 +352,22 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                     "generate."
                 )
             decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
-        with attention_weights_of(self.language_model, options.get("output_attentions")):
-            out = self.callable_language_model(
-                inputs_embeds=None if encoder_outputs is not None else inputs_embeds,
-                attention_mask=attention_mask,
-                encoder_outputs=encoder_outputs,
-                decoder_input_ids=decoder_input_ids,
-                decoder_attention_mask=decoder_attention_mask,
-                return_dict=True,
-                **options,
-            )
+        out = self._language_model_for(options)(
+            inputs_embeds=None if encoder_outputs is not None else inputs_embeds,
+            attention_mask=attention_mask,
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            return_dict=True,
+            **options,
+        )
         return out, None if labels is None else language_modelling_loss(out.logits, labels)
+
+    def _language_model_for(self, options: dict) -> Callable:
+        """The language model; a view of it in eager attention where weights are asked for, which sdpa does not compute."""
+        if options.get("output_attentions"):
+            return with_eager_attention(self.language_model)
+        return self.callable_language_model
 
     @property
     def base_model(self) -> LanguageBackbone:

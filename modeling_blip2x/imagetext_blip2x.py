@@ -34,7 +34,7 @@ from .outputs_blip2x import (
     EncodedPairs,
     chosen_hidden_states,
 )
-from .qformer_blip2x import KeyValues, select_images
+from .qformer_blip2x import KeyValues, in_own_dtype, select_images
 
 TEMPERATURE = 0.07  # start of the learned ITC temperature (section 3.2)
 PAIRS_TOGETHER = 64  # of ITM where images are shared: few enough to be of about one length, enough to fill a GPU
@@ -58,7 +58,8 @@ class ItgHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
         """hidden (..., H), word_embeddings (vocabulary, H) -> logits (..., vocabulary)."""
-        return F.linear(self.layernorm(self.activation(self.dense(hidden))), word_embeddings, self.bias)
+        hidden = self.layernorm(self.activation(in_own_dtype(self.dense, hidden)))
+        return F.linear(hidden, word_embeddings.to(hidden.dtype), self.bias.to(hidden.dtype))
 
 
 class Blip2xImageTextModel(Blip2xPreTrainedModel):
@@ -123,7 +124,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         )
         output = Blip2xImageFeatures(
             last_hidden_state=queries.vision_embeds,
-            pooler_output=F.normalize(self.vision_projection(queries.last_hidden_state), dim=-1),
+            pooler_output=self._unit(self.vision_projection, queries.last_hidden_state),
             hidden_states=queries.vision_outputs.hidden_states,
             attentions=queries.vision_outputs.attentions,
             qformer_outputs=queries,
@@ -145,7 +146,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         out = self.model.qformer.encode_text(input_ids, attention_mask, output_attentions)
         output = Blip2xTextFeatures(
             last_hidden_state=out.hidden,
-            pooler_output=F.normalize(self.text_projection(out.hidden[:, 0]), dim=-1),
+            pooler_output=self._unit(self.text_projection, out.hidden[:, 0]),
             hidden_states=chosen_hidden_states(out.hidden_states, output_hidden_states),
             attentions=out.attentions if output_attentions else None,
         )
@@ -166,7 +167,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         vision_embeds = self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
-        self._check_rows(len(vision_embeds if image_index is None else image_index), len(input_ids))
+        self._check_rows(vision_embeds if image_index is None else image_index, input_ids)
         image = self.model.image_key_values(vision_embeds)
         if image_index is not None:
             image = select_images(image, image_index)
@@ -192,8 +193,8 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
             hidden = self.get_multimodal_features(
                 pixel_values, input_ids, attention_mask, vision_embeds
             ).last_hidden_state
-            return self.itm_head(hidden).mean(dim=1)
-        self._check_rows(len(image_index), len(input_ids))
+            return in_own_dtype(self.itm_head, hidden).mean(dim=1)
+        self._check_rows(image_index, input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         image = self.model.image_key_values(
             self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
@@ -245,19 +246,24 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         return tuple(kv and (kv[0].expand(times, -1, -1, -1), kv[1].expand(times, -1, -1, -1)) for kv in key_values)
 
     @staticmethod
-    def _check_rows(images: int, texts: int) -> None:
-        if images != texts:
+    def _check_rows(images: torch.Tensor, texts: torch.Tensor) -> None:
+        # Here and in other forwards shape[0], not len, which is a plain number: an export would hold for no other batch.
+        if images.shape[0] != texts.shape[0]:
             raise ValueError(
-                f"Pairs need as many images as texts, got {images} images and {texts} texts. For every image with every "
+                f"Pairs need as many images as texts, got {images.shape[0]} images and {texts.shape[0]} texts. For every image with every "
                 "text call itm_scores(..., grid=True)."
             )
 
+    @staticmethod
+    def _unit(projection: nn.Module, states: torch.Tensor) -> torch.Tensor:
+        return F.normalize(in_own_dtype(projection, states), dim=-1)
+
     def _multimodal_queries(self, input_ids: torch.Tensor, mask: torch.Tensor, image: tuple) -> torch.Tensor:
-        queries = self.model.query_tokens(len(input_ids))
+        queries = self.model.query_tokens(input_ids.shape[0])
         return self.model.qformer.encode_pairs(queries, input_ids, mask, image, num_outputs=queries.shape[1]).hidden
 
     def _itm_logits_of(self, input_ids: torch.Tensor, mask: torch.Tensor, image: tuple) -> torch.Tensor:
-        return self.itm_head(self._multimodal_queries(input_ids, mask, image)).mean(dim=1)
+        return in_own_dtype(self.itm_head, self._multimodal_queries(input_ids, mask, image)).mean(dim=1)
 
     def encode_pairs(
         self,
@@ -274,8 +280,8 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         vision = self.model.get_vision_outputs(
             pixel_values, vision_embeds, interpolate_pos_encoding, output_attentions, output_hidden_states
         )
-        local, device = len(vision.last_hidden_state), vision.last_hidden_state.device
-        self._check_rows(local, len(input_ids))
+        local, device = vision.last_hidden_state.shape[0], vision.last_hidden_state.device
+        self._check_rows(vision.last_hidden_state, input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         sizes = batch_sizes(local, device)
         whole_text = output_attentions or bool(output_hidden_states)
@@ -303,7 +309,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
     ) -> EncodedPairs:
         """Encode images that have passed the tower; the first of them is number first_row of the global batch."""
         image = self.model.image_key_values(vision.last_hidden_state)
-        queries = self.model.query_tokens(len(vision.last_hidden_state))
+        queries = self.model.query_tokens(vision.last_hidden_state.shape[0])
         encoded = self.model.qformer.encode_together(
             queries, input_ids, attention_mask, image, decoder_ids, output_attentions, whole_text
         )
@@ -327,8 +333,8 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 
     def features_of(self, pairs: EncodedPairs) -> tuple[torch.Tensor, Blip2xTextFeatures]:
         """Unit-norm features of encoded images (B, Q, P), and of their texts (B, P) in `pooler_output`."""
-        images = F.normalize(self.vision_projection(pairs.queries.hidden), dim=-1)
-        texts = F.normalize(self.text_projection(pairs.text.hidden[:, 0]), dim=-1)
+        images = self._unit(self.vision_projection, pairs.queries.hidden)
+        texts = self._unit(self.text_projection, pairs.text.hidden[:, 0])
         return images, Blip2xTextFeatures(pooler_output=texts)
 
     def compare(

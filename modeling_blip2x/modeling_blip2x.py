@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_blip2x import Blip2xConfig
 from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
-from .qformer_blip2x import KeyValues, QFormer, QueryTokens
+from .qformer_blip2x import KeyValues, QFormer, QueryTokens, dtype_of_inputs, in_own_dtype
 from .vision_blip2x import build_vision_tower, freeze_unused_parts, parameters_of_features, vision_features
 
 QUERY_STD = 0.02  # of the official implementation
@@ -34,7 +34,9 @@ class Blip2xPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _no_split_modules = ["QFormerLayer", "QFormerTextEmbeddings", "QueryTokens"]
-    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # one cache by its two names
+    # Narrow layers that all of an image or text passes: float32 in a float16 model, and left alone by quantisation.
+    _keep_in_fp32_modules = ["language_projection", "vision_projection", "text_projection", "itm_head"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,7 +78,7 @@ class Blip2xPreTrainedModel(PreTrainedModel):
         the batch norms of a tower: their statistics come from far more images than fine-tuning shows."""
         super().train(mode)
         for module in self.shared_model.vision_model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
                 module.eval()
         for part in self.frozen_candidates():
             if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -86,7 +88,7 @@ class Blip2xPreTrainedModel(PreTrainedModel):
     def check_processor(self, processor: object) -> None:
         """Raise ValueError, naming both numbers, where a `Blip2xProcessor` does not fit this model."""
         config, tokenizer, reader = self.config, processor.tokenizer, processor.qformer_tokenizer
-        rows = self.get_input_embeddings().num_embeddings
+        rows = self.get_input_embeddings().weight.shape[0]
         pairs = [("num_query_tokens", processor.num_query_tokens, config.num_query_tokens)]
         if config.text_config is None:
             pairs = [("num_query_tokens", processor.num_query_tokens, None)]
@@ -110,7 +112,7 @@ class Blip2xPreTrainedModel(PreTrainedModel):
         if reader is not None and not config.qformer_config.use_qformer_text_input:
             wrong.append("the processor has a Q-Former tokenizer, the Q-Former reads no text (use_qformer_text_input)")
         elif reader is not None:
-            rows = self.shared_model.get_input_embeddings().num_embeddings
+            rows = self.shared_model.get_input_embeddings().weight.shape[0]
             if len(reader) > rows:
                 wrong.append(f"the Q-Former's tokenizer has {len(reader)} tokens, the Q-Former's embedding {rows} rows")
         if wrong:
@@ -141,7 +143,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         self.vision_model = freeze_unused_parts(tower)
         self.ln_vision = nn.LayerNorm(qformer_config.encoder_hidden_size, eps=config.vision_layer_norm_eps)
         self.query_tokens = QueryTokens(config.num_query_tokens, qformer_config.hidden_size)
-        self.qformer = QFormer._from_config(qformer_config)
+        self.qformer = QFormer(qformer_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module | None:
@@ -185,7 +187,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             return vision_features(
                 self.vision_model,
-                pixel_values.to(self.vision_model.dtype),
+                pixel_values.to(dtype_of_inputs(self.vision_model, pixel_values.dtype)),
                 self.config.vision_feature_layer,
                 interpolate_pos_encoding or self.config.interpolate_pos_encoding,
                 output_attentions,
@@ -194,13 +196,13 @@ class Blip2xModel(Blip2xPreTrainedModel):
 
     def image_key_values(self, vision_embeds: torch.Tensor) -> tuple[KeyValues | None, ...]:
         """vision_embeds (B, N, D) -> normalised, then keys and values for every cross-attention of the Q-Former."""
-        width = self.ln_vision.normalized_shape[0]
+        width = self.config.qformer_config.encoder_hidden_size
         if vision_embeds.ndim != 3 or vision_embeds.shape[-1] != width:
             raise ValueError(
                 f"vision_embeds must be (batch, positions, {width}), got shape {tuple(vision_embeds.shape)}. They must "
                 "come from this model's own vision tower."
             )
-        return self.qformer.image_key_values(self.ln_vision(vision_embeds.to(self.ln_vision.weight.dtype)))
+        return self.qformer.image_key_values(in_own_dtype(self.ln_vision, vision_embeds))
 
     def resolve_outputs(
         self, attentions: bool | None, hidden_states: bool | list[int] | None
@@ -239,7 +241,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
             pixel_values, vision_embeds, interpolate_pos_encoding, output_attentions, output_hidden_states
         )
         image = self.image_key_values(vision.last_hidden_state)
-        queries = self.query_tokens(len(vision.last_hidden_state))
+        queries = self.query_tokens(vision.last_hidden_state.shape[0])
         if qformer_input_ids is None:
             out = self.qformer.encode_queries(queries, image, output_attentions)
         else:

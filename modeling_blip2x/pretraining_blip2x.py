@@ -141,7 +141,8 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
     def text_logits(self, pairs: EncodedPairs) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (tokens, vocabulary) and labels (tokens,) of ITG, for real tokens only, not for padding."""
         is_target = pairs.attention_mask[:, 1:].bool()
-        logits = self.itg_head(pairs.decoded.hidden[:, :-1][is_target], self.get_input_embeddings().weight)
+        hidden = pairs.decoded.hidden[:, :-1][is_target]
+        logits = self.itg_head(hidden, self.model.qformer.embeddings.vocabulary(hidden.device))
         return logits, pairs.input_ids[:, 1:][is_target]
 
     @torch.no_grad()
@@ -215,7 +216,7 @@ class ItgDecoder(PreTrainedModel, GenerationMixin):
         prefix = tuple((kv[:, 0], kv[:, 1]) for kv in query_key_values.unbind(dim=1))
         attention_mask = torch.ones_like(input_ids)  # no padding: every text started with the same single token
         text = self.qformer.decode_text(input_ids, attention_mask, prefix, output_attentions)
-        logits = self.head(text.hidden[:, -1:], self.qformer.embeddings.word_embeddings.weight)
+        logits = self.head(text.hidden[:, -1:], self.qformer.embeddings.vocabulary(text.hidden.device))
         return CausalLMOutput(logits=logits, attentions=text.attentions if output_attentions else None)
 
     def prepare_inputs_for_generation(

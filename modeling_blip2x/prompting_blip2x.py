@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from .language_blip2x import CACHE
 from .outputs_blip2x import Blip2xImageFeatures
-from .vision_blip2x import attention_weights_of
+from .vision_blip2x import with_eager_attention
 
 
 def repeat_rows(value: torch.Tensor | tuple, copies: int) -> torch.Tensor | tuple:
@@ -205,14 +205,16 @@ class ImagePrompting:
             model_kwargs["mm_encoder_outputs"] = images
         is_embeds = inputs_tensor.is_floating_point()
         embeds = self.merge_image(None if is_embeds else inputs_tensor, inputs_tensor if is_embeds else None, image)
-        with attention_weights_of(self.language_model, generation_config.output_attentions):
-            model_kwargs["encoder_outputs"] = self.get_encoder()(
-                inputs_embeds=embeds,
-                attention_mask=model_kwargs.get("attention_mask"),
-                output_attentions=generation_config.output_attentions,
-                output_hidden_states=generation_config.output_hidden_states,
-                return_dict=True,
-            )
+        encoder = self.get_encoder()
+        if generation_config.output_attentions:
+            encoder = with_eager_attention(encoder)
+        model_kwargs["encoder_outputs"] = encoder(
+            inputs_embeds=embeds,
+            attention_mask=model_kwargs.get("attention_mask"),
+            output_attentions=generation_config.output_attentions,
+            output_hidden_states=generation_config.output_hidden_states,
+            return_dict=True,
+        )
         model_kwargs.pop("inputs_embeds", None)
         return model_kwargs
 

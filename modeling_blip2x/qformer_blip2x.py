@@ -26,6 +26,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_blip2x import Blip2xQFormerConfig
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]  # keys and values, (B, heads, length, head width) each
+COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # not float8: weights are stored in it alone
+
+
+def in_own_dtype(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`module` of states, cast to the dtype of its weight where parts of a model differ.
+
+    A packed weight (bytes of bitsandbytes, float8) says nothing of what its module reads: such get states as they are.
+    """
+    dtype = getattr(getattr(module, "weight", None), "dtype", None)
+    return module(states.to(dtype) if dtype in COMPUTED else states)
+
+
+def dtype_of_inputs(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    """Dtype of the first of the module's parameters that are not packed."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.dtype in COMPUTED), default)
 
 
 @dataclass
@@ -192,12 +207,13 @@ class QFormerTextEmbeddings(nn.Module):
 
     def __init__(self, config: Blip2xQFormerConfig):
         super().__init__()
+        self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, L) -> (B, L, H)."""
-        longest = self.position_embeddings.num_embeddings
+        longest = self.config.max_position_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(
                 f"The text for the Q-Former has {input_ids.shape[1]} tokens but max_position_embeddings is {longest}. "
@@ -205,6 +221,14 @@ class QFormerTextEmbeddings(nn.Module):
             )
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+    def vocabulary(self, device: torch.device) -> torch.Tensor:
+        """The embedding of every word (vocabulary, H): output matrix of the ITG head, which runs on `device`."""
+        table = self.word_embeddings
+        if type(table) is nn.Embedding and not table.weight.is_meta:
+            return table.weight
+        # Offloaded or wrapped by an adapter: its own forward alone has the weights, so every word is looked up.
+        return table(torch.arange(self.config.vocab_size, device=device))
 
 
 class QueryTokens(nn.Module):
@@ -262,7 +286,7 @@ class QFormer(PreTrainedModel):
         self, query_embeds: torch.Tensor, image_key_values: tuple[KeyValues | None, ...], return_weights: bool = False
     ) -> QFormerOutput:
         """Unimodal, image side: queries (B, Q, H) see each other and the image. Keeps key_values for `decode_text`."""
-        hidden = self.dropout(self.layernorm(query_embeds))
+        hidden = self._start(query_embeds)
         return self._run(hidden, query_embeds.shape[1], None, image_key_values, None, return_weights)
 
     def encode_text(
@@ -296,7 +320,7 @@ class QFormer(PreTrainedModel):
         ids = [input_ids] if decoder_ids is None else [decoder_ids, input_ids]
         # Looked up at once: the gradient of a look-up has the size of the vocabulary.
         texts = self._embed(torch.cat(ids)).split(rows)
-        hidden = torch.cat([self.dropout(self.layernorm(query_embeds)), *texts], dim=1)
+        hidden = torch.cat([self._start(query_embeds), *texts], dim=1)
         mask = self._apart(num_queries, attention_mask.bool(), decoder_ids is not None)
         lengths = [num_queries, length * (len(ids) - 1), length if whole_text else 1]
         out = self._run(hidden, num_queries, mask, image_key_values, None, return_weights, sum(lengths))
@@ -329,8 +353,8 @@ class QFormer(PreTrainedModel):
         num_outputs: how many first positions are read; the last layer computes no others. All by default.
         """
         num_queries = query_embeds.shape[1]
-        hidden = torch.cat([self.dropout(self.layernorm(query_embeds)), self._embed(input_ids)], dim=1)
-        queries_seen = attention_mask.new_ones(len(attention_mask), num_queries)
+        hidden = torch.cat([self._start(query_embeds), self._embed(input_ids)], dim=1)
+        queries_seen = attention_mask.new_ones(attention_mask.shape[0], num_queries)
         mask = torch.cat([queries_seen, attention_mask], dim=1)[:, None, None, :].bool()
         return self._run(hidden, num_queries, mask, image_key_values, None, return_weights, num_outputs)
 
@@ -346,7 +370,7 @@ class QFormer(PreTrainedModel):
         num_queries = query_key_values[0][0].shape[2]
         causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
         text_mask = causal[None, None] & attention_mask[:, None, None, :].bool()  # (B, 1, L, L)
-        mask = torch.cat([text_mask.new_ones(len(input_ids), 1, length, num_queries), text_mask], dim=-1)
+        mask = torch.cat([text_mask.new_ones(input_ids.shape[0], 1, length, num_queries), text_mask], dim=-1)
         return self._run(self._embed(input_ids), 0, mask, None, query_key_values, return_weights)
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -355,7 +379,11 @@ class QFormer(PreTrainedModel):
                 "This Q-Former has no text branch (use_qformer_text_input=False), so it cannot read text. Load a "
                 "checkpoint that has one, or leave the text for the Q-Former out."
             )
-        return self.dropout(self.layernorm(self.embeddings(input_ids)))
+        return self._start(self.embeddings(input_ids))
+
+    def _start(self, embeds: torch.Tensor) -> torch.Tensor:
+        # In one dtype from here on: T5's list of float32 modules ("wo") catches the word embeddings of a float16 model.
+        return self.dropout(in_own_dtype(self.layernorm, embeds))
 
     def _run(
         self,

@@ -4,15 +4,17 @@ BLIP-2's own EVA tower is `Blip2VisionModel`, which AutoModel does not know. Its
 frozen tower: it is the trained `ln_vision` of the model around it, so it is replaced by an identity here.
 """
 
+import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
+from types import MethodType
 
 import torch
 from torch import nn
 from transformers import AutoModel, Blip2VisionModel, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.output_capturing import _hook_installation_lock
 
 from .outputs_blip2x import chosen_hidden_states
 
@@ -28,7 +30,7 @@ PARTS_WITHOUT_GRADIENT = {
 def build_vision_tower(config: PreTrainedConfig) -> nn.Module:
     """Vision model of this config with random weights."""
     if config.model_type == "blip_2_vision_model":
-        return without_final_norm(Blip2VisionModel._from_config(config))
+        return without_final_norm(Blip2VisionModel(config))
     return AutoModel.from_config(config)
 
 
@@ -61,18 +63,37 @@ def parameters_of_features(tower: nn.Module, feature_layer: int) -> set[str]:
     return {name for name, gradient in zip(names, gradients) if gradient is not None}
 
 
-@contextmanager
-def attention_weights_of(model: nn.Module, wanted: bool | None) -> Iterator[None]:
-    """Eager attention within, where weights are wanted: sdpa computes none, and transformers would return empty tuples."""
-    configs = [part.config for part in model.modules() if isinstance(part, PreTrainedModel)] if wanted else []
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = "eager"
-        yield
-    finally:
-        for config, implementation in zip(configs, before):
-            config._attn_implementation = implementation
+def with_eager_attention(module: nn.Module) -> nn.Module:
+    """A view of `module` whose attention is eager: sdpa has no weights to return, and transformers returns empty tuples.
+
+    The view has modules and configs of its own, and everything else is shared: parameters (gradients reach them), buffers,
+    adapters, packed weights. `module` itself is only read, so that other threads may be calling it. Costs about 30
+    microseconds for each of its submodules; make a view for a call, as it does not see what is attached to `module` later.
+    """
+    views: dict[int, object] = {id(part): object.__new__(type(part)) for part in module.modules()}
+    # transformers records weights by hooks, and a mark says that they are there: the view gets both, or none.
+    with _hook_installation_lock:
+        for part in module.modules():
+            state = part.__getstate__()  # without what torch.compile made of the part
+            for name, value in state.items():
+                # A method or partial among the attributes is a forward that accelerate, say, has put before the class's.
+                if isinstance(value, (PreTrainedConfig, MethodType, partial)):
+                    state[name] = copy.deepcopy(value, views)
+                elif isinstance(value, dict) and not any(isinstance(item, torch.Tensor) for item in value.values()):
+                    state[name] = value.copy()  # of hooks, or of submodules
+                    state[name].update((key, views[id(item)]) for key, item in value.items() if id(item) in views)
+            views[id(part)].__setstate__(state)
+    view = views[id(module)]
+    for part in view.modules():
+        if isinstance(part, PreTrainedModel):
+            part.set_attn_implementation("eager")
+    return view
+
+
+def _unwrapped(tower: nn.Module) -> nn.Module:
+    """The tower inside, where PEFT has wrapped it whole: the wrappers' forward takes any argument."""
+    tower = tower.get_base_model() if hasattr(tower, "get_base_model") else tower
+    return getattr(tower, "original_module", tower)  # of modules_to_save
 
 
 def vision_features(
@@ -87,14 +108,14 @@ def vision_features(
 
     A feature map (B, D, h, w) becomes (B, h * w, D). Raises ValueError where the tower refuses the image size.
     """
-    accepted = inspect.signature(tower.forward).parameters
+    accepted = inspect.signature(_unwrapped(tower).forward).parameters
     options = {"output_hidden_states": True} if output_hidden_states or feature_layer != -1 else {}
     if output_attentions and ("output_attentions" in accepted or "kwargs" in accepted):
         options["output_attentions"] = True
     if interpolate_pos_encoding and "interpolate_pos_encoding" in accepted:
         options["interpolate_pos_encoding"] = True  # DINOv2 and CNNs take any size anyway
-    with attention_weights_of(tower, output_attentions):
-        output = tower(pixel_values=pixel_values, return_dict=True, **options)
+    model = with_eager_attention(tower) if output_attentions else tower
+    output = model(pixel_values, return_dict=True, **options)
     features = output.last_hidden_state if feature_layer == -1 else output.hidden_states[feature_layer]
     if features.ndim == 4:
         features = features.flatten(2).transpose(1, 2)
