@@ -235,7 +235,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(parts, tmp_path):
             except OSError:
                 time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=600)[1]
     os.close(writer)
     assert process.returncode == 130 and "The same command goes on" in said and "Traceback" not in said
 
