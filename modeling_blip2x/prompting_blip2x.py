@@ -14,6 +14,7 @@ from .language_blip2x import CACHE
 from .outputs_blip2x import Blip2xImageFeatures
 from .vision_blip2x import attention_weights_of
 
+
 def repeat_rows(value: torch.Tensor | tuple, copies: int) -> torch.Tensor | tuple:
     """Each row of a tensor, or of the tensors in a tuple, `copies` times, one after the other."""
     if isinstance(value, tuple):
@@ -146,7 +147,11 @@ class ImagePrompting:
         images = dict(mm_encoder_outputs or {})
         if pixel_values is not None or vision_embeds is not None:
             images["image"] = self.get_image_features(
-                pixel_values, vision_embeds, **texts, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True
+                pixel_values,
+                vision_embeds,
+                **texts,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                return_dict=True,
             )
         elif id(self) in images:  # this model is the assistant of another, which encoded the image for it
             images = {"image": images[id(self)]}
