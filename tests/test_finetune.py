@@ -107,7 +107,7 @@ def test_caption_trains_the_tower_too_and_at_another_size(parts, tmp_path):
 
 def test_retrieval(parts, tmp_path):
     """All three losses train, the tower and a language model stay out, and recalls are those of the weights saved."""
-    flags = ["--eval_split", "validation", "--rerank_k", "2", "--per_device_eval_batch_size", "3"]
+    flags = ["--eval_split", "train", "--rerank_k", "2", "--per_device_eval_batch_size", "3"]
     lines = tune(parts, tmp_path / "out", "retrieval", "stage1", *flags)
     parts_of_loss = [lines[0][f"loss_{name}"] for name in ("itc", "itm", "itg")]
     assert lines[0]["loss"] == pytest.approx(sum(parts_of_loss), rel=1e-5) and min(parts_of_loss) > 0.1
@@ -119,9 +119,9 @@ def test_retrieval(parts, tmp_path):
     model = AutoModelForPreTraining.from_pretrained(tmp_path / "out").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert model.config.text_config is None
-    rows = [json.loads(line) for line in (parts / "data/validation/metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (parts / "data/train/metadata.jsonl").read_text().splitlines()]
     texts = [clean_caption(text) for row in rows for text in row["captions"]]
-    images = [Image.open(parts / "data/validation" / row["file_name"]).convert("RGB") for row in rows]
+    images = [Image.open(parts / "data/train" / row["file_name"]).convert("RGB") for row in rows]
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]
     words = processor(text=texts, padding=True, return_tensors="pt")
     with torch.no_grad():
