@@ -72,12 +72,13 @@ def serving(
     env: dict | None = None,
     log: Path | None = None,
     cwd: Path | None = None,
+    python: str | Path = sys.executable,
 ):
     """Address and process of an app.py that runs until the block is left."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(script), *map(str, options), "--host", "127.0.0.1", "--port", str(port)]
+    command = [str(python), str(script), *map(str, options), "--host", "127.0.0.1", "--port", str(port)]
     output = open(log or os.devnull, "w")
     process = subprocess.Popen(
         command, env=env or clean_environment(), stdout=output, stderr=subprocess.STDOUT, cwd=cwd
