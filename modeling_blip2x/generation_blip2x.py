@@ -212,7 +212,8 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         """
         if input_ids is None and pixel_values is not None and pixel_values.ndim == 2:
             pixel_values, input_ids = None, pixel_values  # classifier-free guidance calls every model with ids alone
-        self._warn_of_t5_in_float16()
+        if self.config.text_config.model_type == "t5" and self.language_model.dtype == torch.float16:
+            self._warn_of_float16()
         image = self._image_features(
             mm_encoder_outputs,
             pixel_values,
@@ -236,6 +237,8 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         if labels is not None:
             labels = self._without_placeholders(labels, input_ids)
         if self.config.is_encoder_decoder:
+            of_decoders = {"position_ids": position_ids, "shift_labels": shift_labels}
+            self.signature.refuse(name for name, value in of_decoders.items() if value is not None)
             out, loss = self._encode_and_decode(
                 inputs_embeds,
                 attention_mask,
@@ -398,12 +401,11 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     @torch.compiler.disable
-    def _warn_of_t5_in_float16(self) -> None:
-        if self.config.text_config.model_type == "t5" and self.language_model.dtype == torch.float16:
-            logger.warning_once(
-                "T5 was trained in bfloat16 and overflows in float16: answers may be gibberish. Load the model with "
-                "dtype=torch.bfloat16 or torch.float32."
-            )
+    def _warn_of_float16(self) -> None:
+        logger.warning_once(
+            "T5 was trained in bfloat16 and overflows in float16: answers may be gibberish. Load the model with "
+            "dtype=torch.bfloat16 or torch.float32."
+        )
 
 
 # The language model's own outputs, under the names that this release of transformers gives them.

@@ -5,6 +5,7 @@ and another `past_key_values`. All of that is asked of the model here, so that a
 """
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
 
@@ -66,7 +67,12 @@ class LanguageModelSignature:
         """
         arguments = {name: value for name, value in arguments.items() if name not in NOT_FOR_MODELS}
         silent = [name for name, value in arguments.items() if value is None and name in OF_SOME_MODELS]
-        unknown = [name for name in arguments if name not in self.names and name not in silent]
+        self.refuse(name for name in arguments if name not in silent)
+        return {name: value for name, value in arguments.items() if value is not None}
+
+    def refuse(self, names: Iterable[str]) -> None:
+        """Raise TypeError for names of arguments that the language model does not have, with the nearest that it has."""
+        unknown = [name for name in names if name not in self.names]
         if unknown:
             near = get_close_matches(unknown[0], self.names, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -74,7 +80,6 @@ class LanguageModelSignature:
                 f"forward with a {self.model_type} language model takes no argument "
                 f"{', '.join(map(repr, unknown))}.{hint}"
             )
-        return {name: value for name, value in arguments.items() if value is not None}
 
 
 class LanguageBackbone:

@@ -152,7 +152,6 @@ class ImagePrompting:
             images = {"image": images[id(self)]}
         image = images.get("image")
         if image is not None:
-            images["once"] = copy.copy(image)  # transformers repeats "image" for beams, which `_prefill` has no need of
             if isinstance(assistant_model, ImagePrompting):
                 features = assistant_model.get_image_features(vision_embeds=image.last_hidden_state, **texts)
                 images[id(assistant_model)] = features
@@ -169,12 +168,12 @@ class ImagePrompting:
             **generation_arguments,
         )
 
-    def prepare_inputs_for_generation(self, input_ids, mm_encoder_outputs=None, **kwargs) -> dict:
-        """As in transformers, whose own reading of the names needs `kwargs`, and with the image in the first step.
-
-        An assistant's first step is not a first iteration to transformers, which drops what it prefills with.
-        """
-        inputs = super().prepare_inputs_for_generation(input_ids, mm_encoder_outputs=mm_encoder_outputs, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_encoder_outputs=None, **kwargs) -> dict:
+        """As in transformers, which looks for the names `inputs_embeds` and `kwargs` here, and with the image in the first
+        step: an assistant's is not a first iteration to transformers, which drops what it prefills with."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, mm_encoder_outputs=mm_encoder_outputs, **kwargs
+        )
         cache = inputs.get(CACHE)
         if mm_encoder_outputs and not self.config.is_encoder_decoder and (cache is None or cache.get_seq_length() == 0):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
@@ -185,7 +184,9 @@ class ImagePrompting:
     ) -> dict:
         """Encoder-decoder: merge the soft prompt into the encoder's input, then encode once, for an assistant too."""
         images = model_kwargs.pop("mm_encoder_outputs", None) or {}
-        image = images.get(id(self), images.get("image"))
+        image = images.pop(id(self), None) or images.pop("image", None)
+        if images:  # those for an assistant
+            model_kwargs["mm_encoder_outputs"] = images
         is_embeds = inputs_tensor.is_floating_point()
         embeds = self.merge_image(None if is_embeds else inputs_tensor, inputs_tensor if is_embeds else None, image)
         with attention_weights_of(self.language_model, generation_config.output_attentions):
@@ -204,17 +205,21 @@ class ImagePrompting:
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache = model_kwargs.get(CACHE)
         is_fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0  # not made for all rows, nor begun
-        chunked = generation_config.prefill_chunk_size is not None
-        if copies == 1 or self.config.is_encoder_decoder or not is_fresh or chunked:
+        is_whole = generation_config.prefill_chunk_size is None and input_ids.shape[1] > 0  # else embeddings alone
+        if copies == 1 or self.config.is_encoder_decoder or not is_fresh or not is_whole:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         rows = input_ids.shape[0]
         firsts = {
             name: value[::copies] if isinstance(value, torch.Tensor) and value.shape[:1] == (rows,) else value
             for name, value in model_kwargs.items()
         }
-        images = model_kwargs.get("mm_encoder_outputs") or {}
-        if "once" in images:
-            firsts["mm_encoder_outputs"] = {"image": images["once"]}
+        image = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if image is not None:  # transformers has repeated the features too; those of each first copy are taken
+            images_of_rows = (input_ids == self.config.image_token_index).sum(dim=1) // self.config.num_query_tokens
+            row = torch.arange(rows, device=input_ids.device).repeat_interleave(images_of_rows)
+            image = copy.copy(image)
+            image.pooler_output = image.pooler_output[row % copies == 0]
+            firsts["mm_encoder_outputs"] = {"image": image}
         outputs = super()._prefill(input_ids[::copies], generation_config, firsts, is_first_iteration)
         cache.reorder_cache(torch.arange(rows, device=input_ids.device) // copies)
         for name in ("logits", "hidden_states", "attentions"):
