@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sources import load_rows
 from tiny import image
-from training_parts import make_image_folder, make_language_model, make_vision_model
+from training_parts import disable_adapters, make_image_folder, make_language_model, make_vision_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -331,7 +331,7 @@ def test_lora_by_one_argument(parts, tmp_path):
     assert not any("lora" in name for name in merged.state_dict())
     assert torch.allclose(with_adapter, merged(**batch).logits, atol=1e-5)
     assert AutoProcessor.from_pretrained(out / "merged").image_token_id == merged.config.image_token_index
-    model.disable_adapters()
+    disable_adapters(model)
     assert not torch.allclose(with_adapter, model(**batch).logits)
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 
 from modeling_blip2x import Blip2xProcessor
 from modeling_blip2x.lora_blip2x import lora_targets
@@ -19,15 +20,27 @@ def add_lora(model: torch.nn.Module, preset: str, rank: int = 8, alpha: int = 16
     """Put a trainable adapter on a part. What was trainable before stays so, but for the layers that got one."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     targets = lora_targets(model, preset)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+    # By peft itself: model.add_adapter of transformers 5.24 wants a peft newer than the newest there is, 0.21.
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    config.base_model_name_or_path = model.name_or_path or None
+    inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable or "lora_" in name)
+
+
+def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as a PeftModel around this model would."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(folder)
 
 
 def remove_lora(model: torch.nn.Module) -> None:
     """Make the model what it was before `add_lora`: adapters are dropped, the layers below them stay as they are."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    model.delete_adapter("default")
+    del model.peft_config
     for name, layer in layers.items():
         model.set_submodule(name, layer.get_base_layer())
 
@@ -43,7 +56,7 @@ class LoraCheckpoint:
     merged_processor: Blip2xProcessor | None = None  # given: merged/ is written too, with this processor
 
     def save_pretrained(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)  # the adapter: transformers saves nothing else while there is one
+        save_adapter(self.model, folder)
         remove_lora(self.model)
         self.model.save_pretrained(folder)
         if self.merged_processor is not None:
