@@ -108,6 +108,11 @@ TRAINING = [
         (),
         "layers without their adapter go into the root of a run with --lora",
     ),
+    (
+        "peft.tuners.tuners_utils:peft_config",
+        None,
+        "the root of such a run is saved as a model that never had an adapter",
+    ),
     ("peft.tuners.lora.model:is_loaded_in_4bit", None, "QLoRA: how PEFT knows that a language model is in 4 bits"),
     ("transformers.modeling_utils:hf_quantizer", None, "QLoRA: a model around a 4-bit language model is saved as one"),
     (
@@ -121,17 +126,8 @@ SPACE = [
     (
         "gradio.Blocks.preprocess_data",
         ("block_fn", "inputs", "state", "explicit_call"),
-        "a value that no component can read becomes a sentence on the page",
+        "a value that no component can read becomes a sentence on the page, and no address is fetched",
     ),
-    (
-        "gradio.Image.async_move_resource_to_block_cache",
-        ("url_or_file_path",),
-        "addresses are not fetched by the server",
-    ),
-    ("gradio.blocks:is_template", None, "our components are drawn as those of Gradio that they come from"),
-    ("gradio.Gallery.data_model", None, "what the page may send for several pictures"),
-    ("gradio.components.gallery.GalleryData", None, "the same"),
-    ("gradio_client.utils.is_http_url_like", ("possible_url",), "what counts as an address"),
 ]
 
 AREAS = {"library": LIBRARY, "training": TRAINING, "space": SPACE}
