@@ -8,26 +8,28 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "modeling_blip2x" / "__init__.py").read_text()).group(1)
 
+# From the oldest release that was tested (constraints-oldest.txt) to the first that was not: of transformers, whose minor
+# releases rename arguments, the next minor one, of the others the next major one. `make test-latest` tries what is between.
 CORE = [
-    "torch>=2.13.0",
-    "transformers>=5.23.0",
-    "safetensors>=0.8.0",
-    "huggingface-hub>=1.0.0",
-    "pillow>=12.0.0",
-    "numpy>=2.0.0",
+    "torch>=2.13.0,<3",
+    "transformers>=5.23.0,<5.25",
+    "safetensors>=0.8.0,<1",
+    "huggingface-hub>=1.31.0,<3",
+    "pillow>=12.0.0,<14",
+    "numpy>=2.0.0,<3",
 ]
 TRAIN = [
-    "accelerate>=1.15.0",
-    "datasets>=5.2.0",
-    "peft>=0.21.2",
+    "accelerate>=1.15.0,<2",
+    "datasets>=5.2.0,<6",
+    "peft>=0.21.2,<1",
     "pyyaml>=6.0",
     "tqdm>=4.67.0",
     "matplotlib>=3.10.0",
     "tensorboard>=2.20.0",
 ]
 EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0", "jinja2>=3.1.0"]
-SPACE = ["gradio>=6.31.0", "psutil>=7.0.0"]
-QUANTIZE = ["bitsandbytes>=0.50.0"]  # 4- and 8-bit language models
+SPACE = ["gradio>=6.31.0,<7", "psutil>=7.0.0"]
+QUANTIZE = ["bitsandbytes>=0.50.0,<1"]  # 4- and 8-bit language models
 BROWSER = ["playwright>=1.65.0", "axe-playwright-python>=0.1.8"]
 TEST = [*TRAIN, *EVAL, *QUANTIZE, *SPACE, *BROWSER, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]
 

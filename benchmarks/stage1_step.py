@@ -56,8 +56,8 @@ def dtypes(device: str) -> list[str]:
     """float32, and bfloat16 (autocast) where the machine multiplies in it."""
     if device == "cuda":
         return ["float32", "bfloat16"]
-    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return ["float32", "bfloat16"] if has_bf16 else ["float32"]
+    can = torch.cpu.get_capabilities()
+    return ["float32", "bfloat16"] if can.get("amx_bf16") or can.get("avx512_bf16") else ["float32"]
 
 
 @cache  # flop_rate reads the same timings

@@ -1,8 +1,8 @@
 """Where LoRA goes, by a word: `lm`, `qformer` or `vision`.
 
     model.freeze_unimodal()
-    model.add_adapter(lora_config(model, "lm"))      # transformers' own way, or
-    peft.get_peft_model(model, lora_config(model, "lm"))
+    peft.get_peft_model(model, lora_config(model, "lm"))  # or transformers' own way, which from 5.24 on wants peft 0.22:
+    model.add_adapter(lora_config(model, "lm"))
 
 Targets are a regular expression anchored on the part's name: a list of names such as q_proj would also hit another part.
 """

@@ -105,7 +105,7 @@ def build(models, prompt: str = PROMPT, turns: int = 10):
     import look_tab
     import match_tab
     import search_tab
-    from mistakes import Page
+    from gradio_internals import Page
 
     names = " and ".join(part.name for part in models.parts)
     can = ["Caption pictures"]

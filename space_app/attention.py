@@ -45,7 +45,8 @@ def query_maps(part: Part, image: Image.Image, layer: int | None, head: int | No
     """(Q, rows, columns): attention of every query, each summing to 1 over the tower's positions, those of no place (class
     token, registers) left out before. None averages."""
     layers, _, _ = shape_of(part)
-    features = part.model.get_image_features(part.pixels([image]), output_attentions=True)
+    # From the tower's features: its own attention is not wanted, and would have to be computed the slow way.
+    features = part.model.get_image_features(vision_embeds=part.see([image]), output_attentions=True)
     weights = torch.stack(features.qformer_outputs.cross_attentions)[:, 0].float()  # (layers, heads, Q, N)
     weights = weights.mean(0) if layer is None else weights[layers.index(layer)]
     weights = weights.mean(0) if head is None else weights[head]

@@ -6,8 +6,8 @@ import answers
 import gradio as gr
 from controls import EXAMPLES, MODEL_EVENT, run_and_stop, settings_panel
 from models import Models
-from settings import Settings, check_image, check_text
-from uploads import ImageUpload, open_upload
+from settings import Settings, check_text
+from uploads import open_image, open_upload
 from work import cancellable, with_plain_errors
 
 
@@ -44,7 +44,7 @@ def build(models: Models, prompt: str) -> None:
             seed,
             captions,
         )
-        picture, text = check_image(image), check_text(prompt, "The prompt", required=False)
+        picture, text = open_image(image), check_text(prompt, "The prompt", required=False)
         for found in cancellable(lambda stop: answers.caption(part, picture, text, settings, stop), gr.skip()):
             if isinstance(found, list):
                 if len(found) < settings.captions:
@@ -57,7 +57,7 @@ def build(models: Models, prompt: str) -> None:
     ]
     with gr.Row():
         with gr.Column():
-            image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=320)
+            image = gr.Image(label="Picture", sources=["upload", "webcam", "clipboard"], height=320)
             box = gr.Textbox(
                 prompt,
                 label="Prompt",

@@ -2,10 +2,10 @@
 
 import answers
 import gradio as gr
-from controls import EXAMPLES, MODEL_EVENT, QUESTIONS, Slider, notice, settings_panel
+from controls import EXAMPLES, MODEL_EVENT, QUESTIONS, notice, settings_panel
 from models import NO_LANGUAGE_MODEL, Models
-from settings import MAX_TURNS, Settings, check_image, check_text, check_whole
-from uploads import ImageUpload
+from settings import MAX_TURNS, Settings, check_text, check_whole
+from uploads import open_image
 from work import with_plain_errors
 
 
@@ -114,7 +114,7 @@ def build(models: Models, turns: int) -> None:
             yield [*messages, {"role": "assistant", "content": "(no answer)"}], note
 
     def _answers(image, question, history, turns, settings: Settings):
-        picture, asked = check_image(image), check_text(question, "The question")
+        picture, asked = open_image(image), check_text(question, "The question")
         count, before = check_whole(turns, "Earlier turns", MAX_TURNS), answers.check_history(history)
         told = before[-count:] if count else []
         yield from answers.answer(models, picture, asked, told, settings)
@@ -122,7 +122,7 @@ def build(models: Models, turns: int) -> None:
     on = notice(None if models.speaker else NO_LANGUAGE_MODEL)
     with gr.Row(visible=on):
         with gr.Column():
-            image = ImageUpload(
+            image = gr.Image(
                 label="Picture", sources=["upload", "webcam", "clipboard"], height=543, elem_classes="tall"
             )
         with gr.Column():
@@ -143,7 +143,7 @@ def build(models: Models, turns: int) -> None:
                 clear = gr.Button("Clear", min_width=80)
     with gr.Column(visible=on):
         with gr.Accordion("Memory", open=False):
-            remembered = Slider(
+            remembered = gr.Slider(
                 0,
                 MAX_TURNS,
                 value=turns,

@@ -14,34 +14,11 @@ QUESTIONS = [
     "where is the red ring from the blue ring?",
     "what shape is the small yellow thing?",
 ]
+# Inputs reach the functions as they were sent, and these check them in words: Gradio's own checks say "null" to a client
+# of the API, or round in silence.
+AS_SENT = {"preprocess": False}
 # One model, one request at a time: all that use it wait in one line.
-MODEL_EVENT = {"concurrency_id": "models", "concurrency_limit": 1}
-
-
-def as_sent(component, payload):
-    """The value as a client sent it: functions check it, in words. Gradio's checks say "null", or round in silence."""
-    return payload
-
-
-class Slider(gr.Slider):
-    """gr.Slider, unchecked."""
-
-    is_template = True  # on the page it is Gradio's own
-    preprocess = as_sent
-
-
-class Number(gr.Number):
-    """gr.Number, unchecked."""
-
-    is_template = True
-    preprocess = as_sent
-
-
-class Dropdown(gr.Dropdown):
-    """gr.Dropdown, unchecked."""
-
-    is_template = True
-    preprocess = as_sent
+MODEL_EVENT = {"concurrency_id": "models", "concurrency_limit": 1, **AS_SENT}
 
 
 def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) -> list[gr.components.Component]:
@@ -59,10 +36,10 @@ def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) ->
         with gr.Row(equal_height=False):
             for name, limits in RANGES.items():
                 if name == "seed":
-                    number = Number(0, label=limits.label, info=limits.info, precision=0, minimum=0, min_width=220)
+                    number = gr.Number(0, label=limits.label, info=limits.info, precision=0, minimum=0, min_width=220)
                     panel.append(number)
                     continue
-                slider = Slider(
+                slider = gr.Slider(
                     limits.low,
                     limits.high,
                     value=starts.get(name, limits.start),
@@ -74,7 +51,7 @@ def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) ->
                 panel.append(slider)
             if captions:
                 panel.append(
-                    Slider(
+                    gr.Slider(
                         CAPTIONS.low,
                         CAPTIONS.high,
                         value=CAPTIONS.start,

@@ -3,10 +3,10 @@
 import attention
 import gradio as gr
 from attention import AVERAGE
-from controls import MODEL_EVENT, Dropdown, Slider, picture_examples, run_and_stop
+from controls import MODEL_EVENT, picture_examples, run_and_stop
 from models import Models
-from settings import Settings, check_image, check_text
-from uploads import ImageUpload
+from settings import Settings, check_text
+from uploads import open_image
 from work import cancellable, with_plain_errors
 
 
@@ -22,7 +22,7 @@ def build(models: Models, prompt: str) -> None:
 
     @with_plain_errors
     def look(image, layer: str = AVERAGE, head: str = AVERAGE, query: str = AVERAGE):
-        picture, where = check_image(image), checked(layer, head)
+        picture, where = open_image(image), checked(layer, head)
         chosen = attention.choice(query, list(range(queries)), "The query")
 
         def work(stop):
@@ -38,7 +38,7 @@ def build(models: Models, prompt: str) -> None:
 
     @with_plain_errors
     def look_at_words(image, layer: str = AVERAGE, head: str = AVERAGE, prompt: str = prompt, max_length: int = 20):
-        picture, where = check_image(image), checked(layer, head)
+        picture, where = open_image(image), checked(layer, head)
         text = check_text(prompt, "The prompt", required=False)
         settings = Settings(num_beams=1, max_length=max_length)
         yield from cancellable(
@@ -51,7 +51,7 @@ def build(models: Models, prompt: str) -> None:
     )
     with gr.Row():
         with gr.Column():
-            image = ImageUpload(
+            image = gr.Image(
                 label="Picture", sources=["upload", "webcam", "clipboard"], height=430, elem_classes="tall"
             )
             with gr.Row():
@@ -77,7 +77,7 @@ def build(models: Models, prompt: str) -> None:
         words_prompt = gr.Textbox(
             prompt, label="Prompt of the caption", interactive=part.has_language_model, max_length=500
         )
-        longest = Slider(1, 40, value=20, step=1, label="Longest", info="New tokens, at most.")
+        longest = gr.Slider(1, 40, value=20, step=1, label="Longest", info="New tokens, at most.")
         run_words, stop_words = run_and_stop("Caption, word by word")
         words = gr.Gallery(
             label="Words",
@@ -111,5 +111,5 @@ def build(models: Models, prompt: str) -> None:
     stop_words.click(None, cancels=[words_event])
 
 
-def _choices(label: str, numbers) -> Dropdown:
-    return Dropdown([AVERAGE, *map(str, numbers)], value=AVERAGE, label=label, min_width=130, filterable=False)
+def _choices(label: str, numbers) -> gr.Dropdown:
+    return gr.Dropdown([AVERAGE, *map(str, numbers)], value=AVERAGE, label=label, min_width=130, filterable=False)

@@ -7,6 +7,7 @@ ITG head. Several may be named: each serves the tabs that it can.
 import hashlib
 import importlib.util
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Part:
     processor: ProcessorMixin
     quantization: str = "none"
     seen: OrderedDict = field(default_factory=OrderedDict)
+    _seeing: threading.Lock = field(default_factory=threading.Lock)  # threads that see at once share `seen`
 
     @property
     def has_language_model(self) -> bool:
@@ -64,17 +66,18 @@ class Part:
     def see(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Features (n, N, D) of the vision tower. Those of the last images are remembered by content."""
         keys = [hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest() for image in images]
-        new = {key: image for key, image in zip(keys, images) if key not in self.seen}
-        found = {key: self.seen[key] for key in keys if key in self.seen}
-        if new:
-            features = self.model.get_image_features(self.pixels(list(new.values()))).last_hidden_state
-            # Copies: a row of a batch would keep the whole batch in memory.
-            found |= {key: row.clone() for key, row in zip(new, features)}
-        for key in keys:
-            self.seen[key] = found[key]
-            self.seen.move_to_end(key)
-        while len(self.seen) > REMEMBERED:
-            self.seen.popitem(last=False)
+        with self._seeing:
+            new = {key: image for key, image in zip(keys, images) if key not in self.seen}
+            found = {key: self.seen[key] for key in keys if key in self.seen}
+            if new:
+                features = self.model.get_image_features(self.pixels(list(new.values()))).last_hidden_state
+                # Copies: a row of a batch would keep the whole batch in memory.
+                found |= {key: row.clone() for key, row in zip(new, features)}
+            for key in keys:
+                self.seen[key] = found[key]
+                self.seen.move_to_end(key)
+            while len(self.seen) > REMEMBERED:
+                self.seen.popitem(last=False)
         return torch.stack([found[key] for key in keys])
 
 
@@ -95,18 +98,17 @@ class Models:
 
 
 def find_checkpoints(named: list[str]) -> list[str]:
-    """Folders or hub ids to load: those named, a quickstart output standing for its stages; else a quickstart output that
-    is there.
+    """Folders or hub ids to load: those named, a quickstart output standing for its stages; else the quickstart output of
+    this clone, whatever folder the app is started from.
 
     Raises:
         ValueError: nothing named, and no quickstart output; says how to get one.
     """
     if named:
         return [checkpoint for name in named for checkpoint in _stages_of(Path(name)) or [name]]
-    for root in (Path.cwd(), Path(__file__).resolve().parent.parent):
-        stages = _stages_of(root / QUICKSTART)
-        if stages:
-            return stages
+    stages = _stages_of(Path(__file__).resolve().parent.parent / QUICKSTART)
+    if stages:
+        return stages
     raise ValueError(
         "No model: run `make demo` to train a toy in minutes, or name one, --model FOLDER_OR_HUB_ID (or BLIP2X_MODEL)."
     )
@@ -139,7 +141,7 @@ def load_models(
         raise ValueError(f"quantization {quantization} needs a GPU, and the device is {device}. Set it to none.")
     roles: dict[str, Part] = {}
     for checkpoint in checkpoints:
-        part = _load(checkpoint, device, dtype, quantization)
+        part = load_part(checkpoint, device, dtype, quantization)
         role = "speaker" if part.has_language_model else "matcher"
         if role in roles:
             stage = "stage-2" if part.has_language_model else "stage-1"
@@ -150,7 +152,8 @@ def load_models(
     return Models(roles.get("speaker"), roles.get("matcher"))
 
 
-def _load(checkpoint: str, device: str, dtype: str, quantization: str) -> Part:
+def load_part(checkpoint: str, device: str, dtype: str, quantization: str) -> Part:
+    """One checkpoint with its processor; arguments as of `load_models`, which checks them."""
     # Where the package is absent, the checkpoint carries the code; the operator who names it trusts it.
     carried = importlib.util.find_spec("modeling_blip2x") is None
     if not carried:

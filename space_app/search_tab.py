@@ -3,12 +3,12 @@
 import gradio as gr
 import matching
 from charts import AWAITED, text_ranking, verdict
-from controls import CAPTIONED, EXAMPLES, MODEL_EVENT, Slider, notice, picture_examples, run_and_stop
+from controls import AS_SENT, CAPTIONED, EXAMPLES, MODEL_EVENT, notice, picture_examples, run_and_stop
 from match_tab import TEXTS
 from mistakes import Mistake
 from models import NO_SCORES, Models
-from settings import check_image, check_text, check_texts, check_whole
-from uploads import MAX_IMAGES, GalleryUpload, ImageUpload
+from settings import check_text, check_texts, check_whole
+from uploads import MAX_IMAGES, Gallery, open_image, open_images
 from work import cancellable, with_plain_errors
 
 
@@ -16,15 +16,16 @@ def build(models: Models) -> None:
     @with_plain_errors
     def search(images, query: str, rerank: int = matching.RERANKED, progress=gr.Progress()):
         text, count = check_text(query, "The query"), check_whole(rerank, "Re-ranked", MAX_IMAGES)
-        if not images:
+        pictures = open_images(images)
+        if not pictures:
             raise Mistake("There is no picture to search. Upload some, or load the examples.")
         yield from cancellable(
-            lambda stop: matching.rank_images(models, images, text, count, stop, progress), gr.skip()
+            lambda stop: matching.rank_images(models, pictures, text, count, stop, progress), gr.skip()
         )
 
     @with_plain_errors
     def search_texts(image, texts: str, rerank: int = matching.RERANKED, progress=gr.Progress()):
-        picture, lines = check_image(image), check_texts(texts)
+        picture, lines = open_image(image), check_texts(texts)
         count = check_whole(rerank, "Re-ranked", MAX_IMAGES)
         yield from cancellable(
             lambda stop: matching.rank_texts(models, picture, lines, count, stop, progress), gr.skip()
@@ -35,7 +36,7 @@ def build(models: Models) -> None:
         with gr.Tabs():
             with gr.Tab("Pictures for a text"), gr.Row():
                 with gr.Column():
-                    gallery = GalleryUpload(
+                    gallery = Gallery(
                         label="Your pictures", columns=4, height=320, object_fit="contain", file_types=["image"]
                     )
                     load = gr.Button("Load example pictures", size="sm")
@@ -57,7 +58,7 @@ def build(models: Models) -> None:
                         ranking = gr.JSON(label="Ranking; pictures are counted from 0")
             with gr.Tab("Texts for a picture"), gr.Row():
                 with gr.Column():
-                    image = ImageUpload(label="Picture", sources=["upload", "webcam", "clipboard"], height=260)
+                    image = gr.Image(label="Picture", sources=["upload", "webcam", "clipboard"], height=260)
                     texts = gr.Textbox(TEXTS, label="Texts, one on each line", lines=4, max_lines=12)
                     rerank_texts = _rerank()
                     run_texts, stop_texts = run_and_stop("Rank texts")
@@ -76,7 +77,14 @@ def build(models: Models) -> None:
         api_description="Pictures for a text, best first: [{image: number from 0, itc: cosine, itm: match probability or null}].",
         **MODEL_EVENT,
     )
-    event.success(show_ranking, [gallery, ranking], [found, doubt], queue=False, api_visibility="private")
+    event.success(
+        lambda images, ranking: show_ranking(open_images(images), ranking),
+        [gallery, ranking],
+        [found, doubt],
+        queue=False,
+        api_visibility="private",
+        **AS_SENT,
+    )
     stop.click(None, cancels=[event])
     text_event = run_texts.click(
         search_texts,
@@ -101,9 +109,9 @@ def show_ranking(images, ranking: list[dict] | None):
     return shown, gr.Markdown(sentence, visible=bool(sentence))
 
 
-def _rerank() -> Slider:
+def _rerank() -> gr.Slider:
     with gr.Accordion("Settings", open=False):
-        return Slider(
+        return gr.Slider(
             0,
             MAX_IMAGES,
             value=matching.RERANKED,

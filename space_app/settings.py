@@ -116,10 +116,3 @@ def check_whole(value: object, what: str, high: int) -> int:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value not in range(high + 1):
         raise Mistake(f"{what} is {value!r}; it must be a whole number from 0 to {high}.")
     return int(value)
-
-
-def check_image(image):
-    """The image. Raises Mistake where there is none."""
-    if image is None:
-        raise Mistake("There is no picture. Upload one, paste one, or choose an example.")
-    return image

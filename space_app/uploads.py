@@ -1,17 +1,18 @@
 """Uploads become pictures here, or a sentence that says why not.
 
-Only files that Gradio took in are opened (its own check, before `preprocess`), and only here: size on disk, format and
-dimensions are checked before a pixel is decoded.
+Only files that were uploaded are opened, and only here: where they lie, size on disk, format and dimensions are checked
+before a pixel is decoded.
 """
 
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
-from gradio.components.gallery import GalleryData
-from gradio_client.utils import is_http_url_like
+from gradio.data_classes import FileData, GradioModel, GradioRootModel
+from gradio_internals import UNREADABLE
 from mistakes import Mistake
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import model_validator
@@ -101,35 +102,62 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _check_file(file) -> str:
-    if file.url and file.url.startswith("data:"):
-        raise Mistake("Send the picture as a file, not as a data address.")
-    if not file.path:
+def open_image(sent: dict | None) -> Image.Image:
+    """The picture of an image component, as it was sent: {"path": file that was uploaded, ...}.
+
+    Raises:
+        Mistake: nothing sent, a file that was not uploaded or is gone, or what `open_upload` refuses.
+    """
+    if sent is None:
         raise Mistake("There is no picture. Upload one, paste one, or choose an example.")
-    return file.path
+    path, url = (sent.get(name) if isinstance(sent, dict) else None for name in ("path", "url"))
+    if str(url).startswith("data:"):
+        raise Mistake("Send the picture as a file, not as a data address.")
+    if not was_uploaded(path):
+        raise Mistake(UNREADABLE)
+    if not os.path.isfile(path):
+        raise Mistake("This picture is no longer here: uploads are kept for a time only. Send it again.")
+    return open_upload(path)
 
 
-def _check_resource(path: str | None) -> None:
-    """Raises Mistake for an address, which Gradio would fetch for a client of the API."""
-    if path is not None and is_http_url_like(str(path)):
-        raise Mistake("Addresses are not fetched. Send the picture itself.")
+def open_images(sent: list | None) -> list[Image.Image]:
+    """The pictures of a gallery, as they were sent. Raises Mistake as `open_image`, and for too many, or a video."""
+    entries = sent or []
+    if len(entries) > MAX_IMAGES:
+        raise Mistake(f"These are {len(entries)} pictures; at most {MAX_IMAGES} are taken at once.")
+    if any(entry["video"] for entry in entries):
+        raise Mistake("Videos are not taken. Send pictures.")
+    return [open_image(entry["image"]) for entry in entries]
 
 
-class ImageUpload(gr.Image):
-    """gr.Image whose value in functions is a checked PIL image, or None."""
-
-    is_template = True  # on the page it is a gr.Image
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
-        _check_resource(url_or_file_path)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-    def preprocess(self, payload):
-        return None if payload is None else open_upload(_check_file(payload))
+def was_uploaded(path: object) -> bool:
+    """Whether a path leads, links followed, to where Gradio puts uploads, as its documentation of GRADIO_TEMP_DIR says."""
+    named = os.environ.get("GRADIO_TEMP_DIR")
+    uploads = Path(named) if named else Path(tempfile.gettempdir()) / "gradio"
+    try:
+        return isinstance(path, str) and Path(path).resolve().is_relative_to(uploads.resolve())
+    except (OSError, ValueError):  # no path at all, as one with a zero byte
+        return False
 
 
-class Pictures(GalleryData):
+class Entry(GradioModel):
+    """A picture of a gallery; that it may be a video too is Gradio's format."""
+
+    image: FileData | None = None
+    video: FileData | None = None
+    caption: str | None = None
+
+    @model_validator(mode="after")
+    def is_something(self):
+        if self.image is None and self.video is None:
+            raise ValueError("An entry of a gallery is neither an image nor a video.")
+        return self
+
+
+class Entries(GradioRootModel):
     """A gallery's value. Clients may send what comes to mind: [file, ...] or [(file, caption), ...]."""
+
+    root: list[Entry]
 
     @model_validator(mode="before")
     @classmethod
@@ -144,20 +172,7 @@ def _entry(sent):
     return {"image": sent} if isinstance(sent, dict) and "path" in sent else sent
 
 
-class GalleryUpload(gr.Gallery):
-    """gr.Gallery whose value in functions is a list of checked PIL images."""
+class Gallery(gr.Gallery):
+    """gr.Gallery that takes plain lists of files. Its name is its parent's, by which the page finds how to show it."""
 
-    is_template = True
-    data_model = Pictures
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
-        _check_resource(url_or_file_path)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
-
-    def preprocess(self, payload):
-        entries = [] if payload is None else payload.root
-        if len(entries) > MAX_IMAGES:
-            raise Mistake(f"These are {len(entries)} pictures; at most {MAX_IMAGES} are taken at once.")
-        if any(not hasattr(entry, "image") for entry in entries):
-            raise Mistake("Videos are not taken. Send pictures.")
-        return [open_upload(_check_file(entry.image)) for entry in entries]
+    data_model = Entries

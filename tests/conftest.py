@@ -14,6 +14,14 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("training", "tests", "benchmarks", "space_app")]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def empty_working_directory(tmp_path_factory):
+    """All tests run in an empty folder: runs/ and whatever else lies in the working copy changes none, and gets nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("working_directory"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """Both tiny checkpoints, as the Space loads them."""

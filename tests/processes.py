@@ -21,6 +21,8 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, FOLDERS))
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["training_imports"])
 
+PATIENCE = 600  # seconds after which something hangs: a busy machine is slow, and no test depends on how slow
+
 STAGE1 = {  # dropout, random crops, drawn captions; two loader workers and two forwards a step
     "text_column": "captions",
     "per_device_train_batch_size": 4,
@@ -104,12 +106,17 @@ class Script:
             process.start()
             self.processes.append(process)
 
-    def wait(self, timeout: float = 100) -> list[int]:
+    def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Exit codes; a negative one is the number of a signal."""
         for process in self.processes:
             process.join(timeout)
             assert process.exitcode is not None, f"still running after {timeout} s:\n{self.text()}"
         return [process.exitcode for process in self.processes]
+
+    def wait_for_step(self, out: Path, step: int) -> None:
+        """Until metrics.jsonl has the line of a step, in a run without validations; fails if the script ends before."""
+        until(lambda: steps_logged(out) >= step or self.processes[0].exitcode is not None)
+        assert steps_logged(out) >= step, self.text()
 
     def send(self, number: int, rank: int = 0, group: bool = False) -> None:
         pid = self.processes[rank].pid
@@ -126,7 +133,7 @@ class Script:
         return self.output.read_text() if self.output.exists() else ""
 
 
-def until(condition: Callable[[], bool], timeout: float = 60, pause: float = 0.01) -> None:
+def until(condition: Callable[[], bool], timeout: float = PATIENCE, pause: float = 0.01) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "waited in vain"

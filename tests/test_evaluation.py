@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,35 +113,6 @@ def test_nocaps_by_domain_and_its_test_images(parts, tmp_path):
     assert metrics["counts"]["without_reference"] == 3 and "evaluation server" in metrics["notes"][0]
 
 
-@pytest.mark.parametrize("score_mode", ["itc", "itm", "itm+itc", "itm+logits"])
-def test_retrieval_by_the_script(parts, tmp_path, score_mode):
-    metrics, records = evaluate(
-        tmp_path, task="retrieval", model=parts / "stage1", data=parts / "captions.json", image_folder=parts / "photos",
-        score_mode=score_mode, rerank_k=2, report=True,
-    )  # fmt: skip
-    assert metrics["protocol"]["score_mode"] == score_mode
-    assert metrics["metrics"]["i2t_r5"] == 100 and metrics["metrics"]["t2i_r5"] == 100
-    assert metrics["metrics"]["i2t_r1"] == pytest.approx(100 * sum(record["rank"] == 1 for record in records) / 3)
-    assert [record["references"][0] for record in records] == ["a red square", CAPTIONS[2][0], "a blue dog"]
-
-
-@pytest.mark.parametrize("model", ["stage1", "opt", "t5"])
-def test_classification_of_folders_named_by_wordnet(parts, tmp_path, model):
-    classes = {"n01440764": "red square", "n01443537": "green dog", "n01484850": "blue circle"}
-    for number, code in enumerate(classes):
-        make_photos(tmp_path / "val" / code, f"{number}" + "{:03d}.jpg", 2)
-    listed = "".join(f"{code} {name}, another name\n" for code, name in classes.items())
-    fields = {
-        "task": "classification", "model": parts / model, "data": tmp_path / "val", "split": "train", "report": True,
-        "classes": put(tmp_path / "LOC_synset_mapping.txt", listed),
-    }  # fmt: skip
-    metrics, records = evaluate(tmp_path / "out", **fields)
-    assert len(records) == 6 and {record["references"][0] for record in records} == set(classes.values())
-    assert metrics["metrics"]["top5"] == 100 and metrics["protocol"]["samples"] == 6
-    expected = 100 * sum(record["prediction"] == record["references"][0] for record in records) / 6
-    assert metrics["metrics"]["top1"] == pytest.approx(expected)
-
-
 def test_transformers_checkpoint_by_folder_gives_what_the_converted_one_gives(parts, tmp_path):
     model = make_stage2(tmp_path / "eva", tower="eva", qformer={"use_qformer_text_input": False})
     convert(model, str(tmp_path / "theirs"), to="transformers")
@@ -197,39 +169,6 @@ def test_prompts_by_language_model_and_checkpoint(parts, tmp_path):
     assert (
         captions(parts, tmp_path / "out2", model=own)[0]["protocol"]["prompt"] == "'a photo of'"
     )  # {} fits no caption
-
-
-@pytest.mark.parametrize("llm", ["opt", "t5"])
-def test_candidates_are_ranked_by_their_mean_likelihood(parts, tmp_path, llm):
-    rows = [{"image": f"{n:012d}.jpg", "question": "what colour ?", "answer": "red"} for n in CAPTIONS]
-    candidates = ["red", "green dog", "a blue circle on the left", "yes"]
-    fields = {
-        "task": "vqa", "model": parts / llm, "data": put(tmp_path / "rows.json", rows), "image_folder": parts / "photos",
-        "candidates": put(tmp_path / "answers.json", candidates),
-    }  # fmt: skip
-    _, records = evaluate(tmp_path / "all", **fields)
-    _, single = evaluate(tmp_path / "one", **fields, batch_size=1)
-    assert texts_of(records) == texts_of(single)
-    model = Blip2xForConditionalGeneration.from_pretrained(parts / llm).eval()
-    processor = Blip2xProcessor.from_pretrained(parts / llm)
-    image = Image.open(parts / "photos" / f"{1:012d}.jpg")
-    prompt = "Question: what colour ? " + ("Short answer:" if llm == "t5" else "Answer:")
-    scores = {}
-    for text in candidates:
-        if llm == "t5":
-            inputs = processor(images=image, text=prompt, return_tensors="pt")
-            labels = processor.tokenizer(text, return_tensors="pt")["input_ids"]
-        else:
-            inputs = processor(images=image, text=f"{prompt} {text}", return_tensors="pt")
-            end = torch.tensor([[processor.tokenizer.eos_token_id]])
-            inputs["input_ids"] = torch.cat([inputs["input_ids"], end], 1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            labels = inputs["input_ids"].clone()
-            labels[:, : -1 - len(text.split())] = -100
-        with torch.no_grad():
-            scores[text] = -model(**inputs, labels=labels).loss.item()  # the mean over supervised tokens
-    assert dict(records[0]["top"]) == pytest.approx(scores, abs=1e-4)
-    assert [text for text, _ in records[0]["top"]] == sorted(scores, key=scores.get, reverse=True)
 
 
 def test_a_scorer_scores_captions(parts, tmp_path):
@@ -296,7 +235,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(parts, tmp_path):
             except OSError:
                 time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=600)[1]
     os.close(writer)
     assert process.returncode == 130 and "The same command goes on" in said and "Traceback" not in said
 
@@ -367,20 +306,52 @@ def test_wrong_fields_and_checkpoints_are_named(parts, tmp_path):
     assert not (tmp_path / "metrics.json").exists()
 
 
-def test_lemmatizer_of_what_is_installed(parts, tmp_path, monkeypatch):
-    if not any(name in sys.modules for name in ("spacy", "nltk")):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        with pytest.raises(ValueError, match="--lemmatize needs spaCy .*Install one, or drop the flag"):
-            load_lemmatizer()
+def install(monkeypatch, **modules) -> None:
+    """Let these modules, and no other, be what `import` and `find_spec` find of the two that lemmatise."""
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name in modules or None)
+
+
+def no_data(*_):
+    raise OSError("its data is not here")
+
+
+def test_lemmatizer_of_what_is_installed(monkeypatch):
     token = types.SimpleNamespace
     words = {
         "dogs": token(lemma_="dog", pos_="NOUN", text="dogs"),
+        "sitting": token(lemma_="sit", pos_="VERB", text="sitting"),
         "better": token(lemma_="good", pos_="ADJ", text="better"),
     }
     spacy = types.SimpleNamespace(load=lambda name: lambda text: [words[word] for word in text.split()])
-    monkeypatch.setitem(sys.modules, "spacy", spacy)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "spacy" or None)
-    assert load_lemmatizer()("better dogs") == "better dog"
+    forms = {("dogs", "n"): "dog", ("sitting", "v"): "sit", ("dogs", "v"): "dog after"}
+
+    def nltk(lemmatize: Callable) -> dict:
+        stem = types.SimpleNamespace(WordNetLemmatizer=lambda: types.SimpleNamespace(lemmatize=lemmatize))
+        return {"nltk": types.SimpleNamespace(stem=stem), "nltk.stem": stem}
+
+    by_wordnet = nltk(lambda word, pos="n": forms.get((word, pos), word))
+    install(monkeypatch, spacy=spacy, **nltk(no_data))
+    assert load_lemmatizer()("better dogs sitting") == "better dog sit"  # adjectives stay as they are
+    install(monkeypatch, spacy=types.SimpleNamespace(load=no_data), **by_wordnet)
+    assert load_lemmatizer()("better dogs sitting") == "better dog sit"
+    for found in ({}, {"spacy": types.SimpleNamespace(load=no_data)}, nltk(no_data)):
+        install(monkeypatch, **found)
+        with pytest.raises(ValueError, match="--lemmatize needs spaCy .*Install one, or drop the flag"):
+            load_lemmatizer()
+
+
+def test_lemmatized_answers_are_scored_and_the_written_ones_kept(parts, tmp_path, monkeypatch):
+    rows = [{"image": f"{n:012d}.jpg", "question": "what colour ?", "answer": "red"} for n in CAPTIONS]
+    fields = {"task": "vqa", "model": parts / "opt", "data": put(tmp_path / "rows.json", rows), "max_new_tokens": 2}
+    metrics, plain = evaluate(tmp_path / "plain", image_folder=parts / "photos", **fields)
+    assert metrics["metrics"]["exact_match"] == 0 and all(texts_of(plain))
+    red = [types.SimpleNamespace(lemma_="red", pos_="NOUN", text="reds")]
+    install(monkeypatch, spacy=types.SimpleNamespace(load=lambda name: lambda text: red))
+    metrics, records = evaluate(tmp_path / "out", image_folder=parts / "photos", lemmatize=True, **fields)
+    assert metrics["metrics"]["exact_match"] == 100 and texts_of(records) == texts_of(plain)
+    assert metrics["protocol"]["lemmatize"] is True
 
 
 def test_model_card_is_filled_and_filled_again(parts, tmp_path):

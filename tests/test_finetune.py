@@ -6,19 +6,28 @@ from pathlib import Path
 import finetune
 import pytest
 import torch
+from metrics.retrieval_recall.scores import recall_at_k
+from PIL import Image
 from safetensors.torch import load_file
 from test_training_run import COMMON, metrics, stage1, stage2
 from tiny import image
-from training_parts import make_image_folder, make_language_model, make_vision_model
+from training_parts import disable_adapters, make_image_folder, make_language_model, make_vision_model
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
+from transforms import clean_caption
 
 QUESTIONS = ["What colour is the square?", "Where is the square?"]
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
-    """data/ (captions), vqa/ (question, answers), tower/, stage1/, stage2_opt/ and, with a reading Q-Former, stage2_t5/."""
+    """data/ (captions), vqa/ (question, answers), tower/, stage1/, stage2_opt/ and, with a reading Q-Former, stage2_t5/.
+
+    Language models: opt/, t5/, llama/, and opt64/, which is wide enough for blocks of 4 bits. Tests write elsewhere.
+    """
     root = tmp_path_factory.mktemp("finetune")
+    for llm in ("opt", "t5", "llama"):
+        make_language_model(root / llm, llm)
+    make_language_model(root / "opt64", "opt", hidden_size=64, word_embed_proj_dim=64)
     make_image_folder(root / "data", {"train": 8, "validation": 4})
     make_image_folder(root / "vqa", {"train": 8, "validation": 4})
     for split in ("train", "validation"):
@@ -97,37 +106,67 @@ def test_caption_trains_the_tower_too_and_at_another_size(parts, tmp_path):
 
 
 def test_retrieval(parts, tmp_path):
-    lines = tune(parts, tmp_path / "out", "retrieval", "stage1", "--eval_split", "validation", "--rerank_k", "2")
-    assert {"i2t_r1", "i2t_r1_itm"} <= lines[-1].keys() and lines[0]["loss_itg"] > 0
-    assert AutoModelForPreTraining.from_pretrained(tmp_path / "out").config.text_config is None
+    """All three losses train, the tower and a language model stay out, and recalls are those of the weights saved."""
+    flags = ["--eval_split", "train", "--rerank_k", "2", "--per_device_eval_batch_size", "3"]
+    lines = tune(parts, tmp_path / "out", "retrieval", "stage1", *flags)
+    parts_of_loss = [lines[0][f"loss_{name}"] for name in ("itc", "itm", "itg")]
+    assert lines[0]["loss"] == pytest.approx(sum(parts_of_loss), rel=1e-5) and min(parts_of_loss) > 0.1
+    trained = {"model.qformer", "model.query_tokens", "model.ln_vision", "temperature", "vision_projection.weight"}
+    trained |= {"text_projection.weight", "itm_head.weight"}
+    assert trained <= changed(parts / "stage1", tmp_path / "out")
+    assert "model.vision_model" not in changed(parts / "stage1", tmp_path / "out")
+
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "out").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "out")
+    assert model.config.text_config is None
+    rows = [json.loads(line) for line in (parts / "data/train/metadata.jsonl").read_text().splitlines()]
+    texts = [clean_caption(text) for row in rows for text in row["captions"]]
+    images = [Image.open(parts / "data/train" / row["file_name"]).convert("RGB") for row in rows]
+    pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    words = processor(text=texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        image_features = model.get_image_features(pixels).pooler_output
+        cosines = model.itc_scores(image_features, model.get_text_features(**words).pooler_output)
+        pairs = [
+            model.itm_logits(one[None], **{name: ids[text : text + 1] for name, ids in words.items()})[0, 1]
+            for one in pixels
+            for text in range(len(texts))
+        ]
+    owner = torch.arange(len(texts)) // 2
+    found = recall_at_k(cosines, owner)
+    assert {name: lines[-1][name] for name in found} == pytest.approx(found)
+    best = torch.zeros_like(cosines, dtype=torch.bool).scatter(1, cosines.topk(2, dim=1).indices, True)
+    match = torch.stack(pairs).view_as(cosines)
+    reranked = recall_at_k(match.masked_fill(~best, match.min() - 1) + 1e-6 * cosines, owner)
+    assert lines[-1]["i2t_r1_itm"] == pytest.approx(reranked["i2t_r1"])
 
 
 def test_instruct_from_stage1_with_lora(parts, tmp_path):
-    if not (parts / "llama").exists():
-        make_language_model(parts / "llama", "llama")
-    flags = [
-        "--language_model",
-        str(parts / "llama"),
-        "--qformer_text_input",
-        "true",
-        "--lora",
-        "lm",
-        "--merge_lora",
-        "true",
-    ]
-    tune(parts, tmp_path / "out", "instruct", "stage1", *flags)
+    """merged/ answers as root and adapter do together, and the adapter says something."""
+    flags = ["--language_model", str(parts / "llama"), "--qformer_text_input", "true"]
+    tune(parts, tmp_path / "out", "instruct", "stage1", *flags, "--lora", "lm", "--merge_lora", "true")
+    adapted, merged = (
+        AutoModelForImageTextToText.from_pretrained(folder).eval()
+        for folder in (tmp_path / "out", tmp_path / "out" / "merged")
+    )
+    assert adapted.config.prompt_template == merged.config.prompt_template == "{}"
+    has_adapter = [any("lora" in name for name in model.state_dict()) for model in (adapted, merged)]
+    assert has_adapter == [True, False]
     for folder in (tmp_path / "out", tmp_path / "out" / "merged"):
-        model = AutoModelForImageTextToText.from_pretrained(folder)
-        assert model.config.prompt_template == "{}"
-    assert (tmp_path / "out" / "adapter_config.json").exists()
+        processor = AutoProcessor.from_pretrained(folder)
+        inputs = processor(images=[image()] * 2, text=QUESTIONS, padding=True, return_tensors="pt")
+        assert "qformer_input_ids" in inputs
+        with torch.no_grad():
+            expected = adapted(**inputs).logits
+            assert torch.allclose(merged(**inputs).logits, expected, atol=1e-5)
+    disable_adapters(adapted)
+    with torch.no_grad():
+        assert (adapted(**inputs).logits - expected).abs().max() > 1e-4
 
 
 def test_qlora(parts, tmp_path):
     """The checkpoint of a language model in 4 bits loads by itself and answers as the run's last weights do."""
-    llm = parts / "opt64"
-    if not llm.exists():
-        make_language_model(llm, "opt", hidden_size=64, word_embed_proj_dim=64)
-    flags = ["--language_model", str(llm), "--lora", "lm", "--load_in_4bit", "true"]
+    flags = ["--language_model", str(parts / "opt64"), "--lora", "lm", "--load_in_4bit", "true"]
     tune(parts, tmp_path / "out", "vqa", "stage1", *flags)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     layer = model.language_model.model.decoder.layers[0].fc1

@@ -1,7 +1,7 @@
 """How the Space takes a request: what it refuses, how it works and stops, and what the page shows, without a server."""
 
 import io
-import time
+import threading
 
 import about
 import answers
@@ -9,18 +9,18 @@ import app
 import charts
 import chat_tab
 import gradio as gr
-import match_tab
 import models as space_models
 import pytest
 import search_tab
 import torch
 import uploads
 import work
-from controls import CAPTIONED
+from draw_examples import draw_examples
+from gradio_internals import refuse_addresses
 from mistakes import Mistake
-from PIL import Image
+from PIL import Image, ImageFile
 from settings import RANGES, Settings, check_text, check_texts, check_whole
-from space_server import EXAMPLES, SPACE
+from space_server import EXAMPLES, SPACE, WAIT, hold_first_generation
 from tiny import image
 
 # What is refused
@@ -91,12 +91,13 @@ def test_what_is_no_sound_picture_is_refused(tmp_path, monkeypatch):
         uploads.open_upload(tmp_path / "cut.png")
     bomb = saved(tmp_path, "bomb.png", Image.new("1", (30000, 30000)))
     assert bomb.stat().st_size < 1e6
-    before = time.perf_counter()
-    with pytest.raises(gr.Error, match="megapixels"):
-        uploads.open_upload(bomb)
-    assert time.perf_counter() - before < 1  # refused by its header, not decoded
-    with pytest.raises(gr.Error, match="54 megapixels"):
-        uploads.open_upload(saved(tmp_path, "large.png", Image.new("1", (9000, 6000))))
+    large = saved(tmp_path, "large.png", Image.new("1", (9000, 6000)))
+    with monkeypatch.context() as header_only:
+        header_only.setattr(ImageFile.ImageFile, "load", lambda picture: pytest.fail("its pixels were decoded"))
+        with pytest.raises(gr.Error, match="megapixels"):
+            uploads.open_upload(bomb)
+        with pytest.raises(gr.Error, match="54 megapixels"):
+            uploads.open_upload(large)
     monkeypatch.setattr(uploads, "MAX_MEGABYTES", 0.00001)
     with pytest.raises(gr.Error, match="MB"):
         uploads.open_upload(saved(tmp_path, "heavy.png", image()))
@@ -105,21 +106,75 @@ def test_what_is_no_sound_picture_is_refused(tmp_path, monkeypatch):
         uploads.open_upload(tmp_path / "page.eps")
 
 
+def test_only_files_that_were_uploaded_are_opened(tmp_path, monkeypatch):
+    cache = tmp_path / "uploads"
+    cache.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(cache))
+    ours, theirs = saved(cache, "ours.png", image("red")), saved(tmp_path, "theirs.png", image("blue"))
+    (cache / "link.png").symlink_to(theirs)
+    assert uploads.open_image({"path": str(ours)}).getpixel((5, 5)) == image("red").getpixel((5, 5))
+    for path in (theirs, cache / ".." / "theirs.png", cache / "link.png", tmp_path / "uploads_too" / "a.png", 7, None):
+        with pytest.raises(Mistake, match="are not opened"):
+            uploads.open_image({"path": path if path in (7, None) else str(path)})
+    for wrong in ("photo.jpg", 7, []):
+        with pytest.raises(Mistake, match="are not opened"):
+            uploads.open_image(wrong)
+    with pytest.raises(Mistake, match="no longer here"):  # the cache is swept
+        uploads.open_image({"path": str(cache / "gone.png")})
+    with pytest.raises(Mistake, match="as a file, not as a data address"):
+        uploads.open_image({"path": str(ours), "url": "data:image/png;base64,AAAA"})
+    with pytest.raises(Mistake, match="There is no picture"):
+        uploads.open_image(None)
+
+
+def test_a_gallery_holds_files_in_any_form_and_no_videos(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    colours = {name: {"path": str(saved(tmp_path, f"{name}.png", image(name)))} for name in ("red", "blue")}
+    files = [{**file, "meta": {"_type": "gradio.FileData"}} for file in colours.values()]
+
+    def first_pixels(sent):
+        return [one.getpixel((5, 5)) for one in uploads.open_images(uploads.Entries(sent).model_dump())]
+
+    expected = [image(name).getpixel((5, 5)) for name in colours]
+    for sent in (files, [(file, "caption") for file in files], [{"image": file, "caption": None} for file in files]):
+        assert first_pixels(sent) == expected
+    with pytest.raises(Mistake, match="Videos are not taken"):
+        first_pixels([{"video": files[0], "caption": None}])
+    with pytest.raises(Mistake, match="These are 65 pictures; at most 64"):
+        first_pixels(files[:1] * 65)
+    with pytest.raises(ValueError, match="neither an image nor a video"):
+        first_pixels([{"picture": files[0]}])
+
+
+def test_addresses_are_refused_at_any_depth():
+    local = {"path": "/tmp/a.png", "meta": {"_type": "gradio.FileData"}}
+    refuse_addresses([local, [{"image": local}], "see http://127.0.0.1 for more"])
+    for address in ("http://127.0.0.1/a.png", "HTTPS://example.com/a.png", "file:///etc/passwd"):
+        for sent in (
+            [{"path": address}],
+            [[{"image": {"path": address}, "caption": None}]],
+            [{"a": [{"path": address}]}],
+        ):
+            with pytest.raises(Mistake, match="Addresses are not fetched"):
+                refuse_addresses(sent)
+
+
 # Work
 
 
-def test_closing_a_stream_frees_the_models_thread(loaded, pictures):
-    steps = []
-    handle = loaded.speaker.model.language_model.register_forward_pre_hook(
-        lambda *_: (steps.append(1), time.sleep(0.05)) and None
-    )
+def test_closing_a_stream_frees_the_models_thread(loaded, pictures, monkeypatch):
+    """The generation waits at its fifth token for its end, so that the order of the two is the same on any machine."""
+    steps, held = [], threading.Event()
+    monkeypatch.setattr(work.StopWhenTold, "__call__", hold_first_generation(work.StopWhenTold, held.set))
+    handle = loaded.speaker.model.language_model.register_forward_pre_hook(lambda *_: steps.append(1))
     settings = Settings(num_beams=1, min_length=40, max_length=40)
     stream = answers.answer(loaded, pictures[0], "what ?", [], settings)
     next(stream)
+    assert held.wait(WAIT)
     stream.close()
     handle.remove()
-    assert work.MODEL_THREAD.submit(lambda: True).result(timeout=5)
-    assert len(steps) < 20
+    assert work.MODEL_THREAD.submit(lambda: True).result(timeout=WAIT)
+    assert len(steps) == 5
 
 
 def test_an_error_reaches_the_visitor_as_a_sentence_and_the_next_request_is_fine():
@@ -149,6 +204,8 @@ def test_an_error_while_streaming_ends_the_stream(loaded):
 
 
 # What is shown
+
+MATCH_TEXTS = "Texts, one on each line"
 
 
 def test_texts_from_outside_are_escaped():
@@ -190,8 +247,14 @@ def test_a_search_that_finds_nothing_says_so():
     assert search_tab.show_ranking(["a"], ranking(0.1, 0.2))[0] == []  # a picture was taken away in the meantime
 
 
-def test_examples_are_described_by_the_texts_that_are_there_first():
-    assert match_tab.TEXTS.splitlines()[2] == "a big blue ring above a small red ring" == CAPTIONED[2]
+def test_match_starts_with_what_its_pictures_show_and_a_text_with_their_words_in_another_order(loaded, tmp_path):
+    boxes = [block for block in app.build(loaded).blocks.values() if getattr(block, "label", None) == MATCH_TEXTS]
+    drawn = [caption for _, caption in draw_examples(tmp_path)]
+    assert len(boxes) == 2  # of Match, and of Search by a picture
+    for box in boxes:
+        *shown, swapped = box.value.splitlines()
+        assert shown == drawn[:3]
+        assert swapped not in drawn and sorted(swapped.split()) in [sorted(caption.split()) for caption in shown]
 
 
 @pytest.mark.parametrize(
@@ -223,8 +286,6 @@ def test_about_reads_the_model_card(loaded, tmp_path):
 
 
 def test_examples_are_what_the_project_draws(tmp_path):
-    from draw_examples import draw_examples
-
     for path, caption in draw_examples(tmp_path):
         ours = SPACE / "examples" / path.name
         assert ours in EXAMPLES and caption.replace(" ", "_") in ours.name

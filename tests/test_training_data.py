@@ -20,6 +20,8 @@ from transformers import BertConfig, BertModel
 from transforms import augment_image, clean_caption, draw_crop
 from vocabulary import build_tokenizer, load_qformer_tokenizer
 
+from modeling_blip2x.losses_blip2x import draw_hard_negatives
+
 COLUMNS = {"image_column": "image", "text_column": "captions"}
 
 
@@ -201,25 +203,60 @@ def test_learning_rate_warms_up_then_follows_a_cosine():
     assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
 
 
-def test_no_weight_decay_on_vectors():
-    optimizer = build_optimizer(
-        torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3)),
-        learning_rate=1e-4,
-        weight_decay=0.05,
-        betas=(0.9, 0.98),
+def test_weights_decay_and_vectors_do_not():
+    """By what a step does where there is no gradient: matrices shrink by learning rate times decay, the rest stays."""
+    model = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.LayerNorm(4), torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4)
     )
-    for group in optimizer.param_groups:
-        assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+    model[3].requires_grad_(False)
+    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.98))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    decayed = {"0.weight", "2.weight"}
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, before[name] * (0.95 if name in decayed else 1.0), rtol=1e-6), name
+    assert all(before[name].abs().min() > 1e-3 for name in decayed)
 
 
 def test_negatives_become_hard_over_the_given_steps():
     assert [hardness_at(step, 4) for step in (0, 2, 4, 9)] == [0.0, 0.5, 1.0, 1.0] and hardness_at(0, 0) == 1.0
-    model, data = stage1().eval(), batch(rows=8)
-    losses = {
-        hardness: model(**data, negative_seed=1, negative_hardness=hardness).loss_itm.item()
-        for hardness in (0.0, 1.0, 100.0)
-    }
-    assert losses[0.0] != losses[100.0] and losses[1.0] == model(**data, negative_seed=1).loss_itm.item()
+    logits = torch.tensor([[9.0, 0.0, 1.0, 2.0]]).expand(20_000, 4)  # column 0 is the match
+    positives = torch.tensor([[True, False, False, False]]).expand(20_000, 4)
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    for hardness in (0.0, 0.5, 1.0):
+        drawn = draw_hard_negatives(hardness * logits, positives, uniform).bincount(minlength=4) / 20_000
+        expected = (hardness * torch.tensor([0.0, 1.0, 2.0])).softmax(0)
+        assert drawn[0] == 0 and drawn[1:].tolist() == pytest.approx(expected.tolist(), abs=0.015)
+
+
+def test_harder_negatives_are_more_alike(monkeypatch):
+    """What the model draws in a step: ITC scores of the drawn pairs rise with the hardness that it is given."""
+    model, data, drawn = stage1().eval(), batch(rows=8), []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and "vision_model" not in name:
+                parameter.normal_(0, 0.3)  # a new model's scores hardly differ from one another
+
+    def told(logits, positives, uniform):
+        drawn.append(draw_hard_negatives(logits, positives, uniform))
+        return drawn[-1]
+
+    monkeypatch.setattr("modeling_blip2x.imagetext_blip2x.draw_hard_negatives", told)
+    means = {}
+    for hardness in (0.0, 1.0, 1000.0):
+        drawn.clear()
+        with torch.no_grad():
+            outputs = [model(**data, negative_seed=seed, negative_hardness=hardness) for seed in range(20)]
+        scores = [scores for one in outputs for scores in (one.logits_per_text, one.logits_per_image)]
+        of_drawn = [rows.gather(1, columns[:, None]) for rows, columns in zip(scores, drawn, strict=True)]
+        means[hardness] = torch.cat(of_drawn).mean().item()
+    others = torch.cat(scores[:2]).masked_select(~torch.eye(8, dtype=torch.bool).repeat(2, 1)).view(16, 7)
+    assert others.std() > 0.5
+    assert means[0.0] == pytest.approx(others.mean().item(), abs=0.2 * others.std().item())  # drawn evenly
+    assert means[0.0] + 0.2 < means[1.0] < means[1000.0]
+    assert means[1000.0] == pytest.approx(others.amax(1).mean().item(), abs=1e-3)  # the most alike
 
 
 def test_trimmed_bert_reads_the_captions_as_before(tmp_path, folder):

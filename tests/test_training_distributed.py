@@ -48,7 +48,7 @@ def run(processes: int, scripts: list) -> None:
             )
         )
     for worker in workers:
-        output = worker.communicate(timeout=600)  # a busy machine is slow, not stuck[0]
+        output = worker.communicate(timeout=600)[0]  # a busy machine is slow, not stuck
         assert worker.returncode == 0, output
 
 

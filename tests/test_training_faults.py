@@ -1,21 +1,24 @@
 """What ends a run before its end, and what the same command makes of it afterwards."""
 
+import contextlib
+import functools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pretrain_stage1
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from checkpoint import clear_leftovers, steps_saved
-from processes import Script, flags, make_parts, steps_logged, until
+from processes import PATIENCE, Script, flags, make_parts, steps_logged, until
 from safetensors.torch import load_file
 
 TRAINING = Path(__file__).parent.parent / "training"
@@ -26,14 +29,6 @@ STEPS = 12
 def fields(tmp_path_factory) -> dict:
     """Fields of a run of 12 steps with a checkpoint every 2."""
     return {**make_parts(tmp_path_factory.mktemp("faults")), "max_steps": STEPS, "save_steps": 2}
-
-
-@pytest.fixture
-def new_precision():
-    """accelerate keeps the precision of a process's first run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +68,25 @@ def die_in_second_save() -> None:
     durable.sync_folder = sync_or_die
 
 
+def hold_after(step: int, stopped_goes_on: bool = False) -> None:
+    """Nothing happens after the log line of a step, until a kill; or until a signal that is to end the run."""
+    import loop
+
+    log, stops = loop.log, []
+
+    class Known(loop.StopSignal):
+        def __enter__(self):
+            stops.append(self)
+            return super().__enter__()
+
+    def log_and_hold(accelerator, output_dir, line):
+        log(accelerator, output_dir, line)
+        while line["step"] == step and not (stopped_goes_on and stops[-1].number):
+            time.sleep(0.01)
+
+    loop.log, loop.StopSignal = log_and_hold, Known
+
+
 def test_killed_three_times_and_equal_to_the_bit(fields, whole, tmp_path):
     out = tmp_path / "out"
     run = {**fields, "output_dir": out}
@@ -80,8 +94,8 @@ def test_killed_three_times_and_equal_to_the_bit(fields, whole, tmp_path):
     assert script.wait() == [-signal.SIGKILL]
     assert steps_saved(out) == [2] and leftovers(out), "it did not die in the middle of a save"
     for step in (5, 9):
-        script = Script(run, tmp_path / "log")
-        until(lambda step=step: steps_logged(out) >= step)
+        script = Script(run, tmp_path / "log", patch=functools.partial(hold_after, step))
+        script.wait_for_step(out, step)
         script.kill()
         assert script.wait() == [-signal.SIGKILL]
         assert not (out / "model.safetensors").exists()
@@ -101,45 +115,68 @@ def test_killed_twenty_times_at_random_moments(fields, tmp_path):
         with open(tmp_path / f"{out.name}.log", "a") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=one_thread)
 
-    def wait_for_a_save(out: Path) -> None:
-        clear_leftovers(out)
-        saves, wanted, saving = 0, draw.randint(1, 4), False
-        while saves < wanted:
-            was, saving = saving, bool(list((out / "checkpoints").glob(".step_*.tmp")))
-            saves += saving and not was
-
-    assert start(tmp_path / "whole").wait(300) == 0
+    assert start(tmp_path / "whole").wait(PATIENCE) == 0
     out, in_save = tmp_path / "out", 0
     for number in range(20):
         before, process = steps_logged(out), start(out)
         if number % 10 == 9:
-            time.sleep(draw.uniform(0, 6))
+            modules = draw.choice(["libtorch_cpu", "libarrow", "_imaging"])
+            until(lambda process=process, modules=modules: process.poll() is not None or has_mapped(process, modules))
         elif number % 2:
-            until(lambda before=before: steps_logged(out) > before, timeout=300)
-            time.sleep(draw.uniform(0, 1.5))
+            wanted = before + draw.randint(1, 8)
+            until(lambda process=process, wanted=wanted: process.poll() is not None or steps_logged(out) >= wanted)
         else:
-            wait_for_a_save(out)
+            stop_in_a_save(process, out, draw.randint(1, 4))
+            in_save += 1
         process.kill()
         assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-        in_save += bool(list((out / "checkpoints").glob(".step_*.tmp")))
-    print(f"{in_save} kills in the middle of a save; killed for the last time after step {steps_saved(out)[-1]}")
-    assert in_save >= 5
-    assert start(out).wait(300) == 0
+    assert in_save == 10 and 3 < steps_saved(out)[-1] < 200
+    assert start(out).wait(PATIENCE) == 0
     assert_same(out, tmp_path / "whole")
+
+
+def has_mapped(process: subprocess.Popen, library: str) -> bool:
+    return library in Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def stop_in_a_save(process: subprocess.Popen, out: Path, which: int) -> None:
+    """Stop (SIGSTOP) a run with a checkpoint half written, the `which`th from here on or one after it."""
+    clear_leftovers(out)
+    saves, saving = 0, False
+    while process.poll() is None:
+        was, saving = saving, half_written(out)
+        saves += saving and not was
+        if saving and saves >= which:
+            process.send_signal(signal.SIGSTOP)
+            until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+            if half_written(out):
+                return
+            process.send_signal(signal.SIGCONT)  # the save was over before the signal came
+
+
+def half_written(out: Path) -> bool:
+    return bool(list((out / "checkpoints").glob(".step_*.tmp")))
+
+
+@contextlib.contextmanager
+def full_disk(size: int):
+    """No file of this process can grow beyond so many bytes: the system refuses the write, as on a disk without space."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def test_full_disk_is_an_error_that_leaves_the_checkpoint_before(fields, whole, tmp_path, monkeypatch):
     import loop
 
-    out, save, hard = tmp_path / "out", loop.save_step, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    out, save = tmp_path / "out", loop.save_step
 
     def save_on_a_full_disk(output_dir, state, *rest):
-        if state["step"] > 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # the checkpoint is larger, the metrics are not
-        try:
+        with full_disk(20_000) if state["step"] > 2 else contextlib.nullcontext():  # metrics.jsonl is smaller
             save(output_dir, state, *rest)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_step", save_on_a_full_disk)
@@ -150,22 +187,23 @@ def test_full_disk_is_an_error_that_leaves_the_checkpoint_before(fields, whole, 
     assert_same(out, whole)
 
 
-def test_full_disk_at_the_very_end_leaves_the_checkpoints(fields, whole, tmp_path, monkeypatch):
-    from safetensors import torch as writer
+@pytest.mark.parametrize("named", ["model.safetensors", "tokenizer.json"])
+def test_full_disk_at_the_very_end_leaves_the_checkpoints(fields, whole, tmp_path, monkeypatch, named):
+    """The system refuses the root's largest file; without weights, which would be refused first, its tokenizer."""
+    import finish
 
-    out = tmp_path / "out"
+    out, save, size = tmp_path / "out", finish.save_root, (whole / named).stat().st_size - 1
 
-    def no_space(*_, **__):
-        raise OSError(28, "No space left on device")
+    def save_on_a_full_disk(output_dir, model, *parts):
+        with full_disk(size):
+            save(output_dir, *(parts if named == "tokenizer.json" else (model, *parts)))
 
     with monkeypatch.context() as patch:
-        import transformers.modeling_utils as modeling_utils
-
-        assert modeling_utils.safe_save_file is writer.save_file
-        patch.setattr(modeling_utils, "safe_save_file", no_space)
-        with pytest.raises(OSError, match=f"No space left.*The one of step {STEPS} is intact"):
+        patch.setattr(finish, "save_root", save_on_a_full_disk)
+        with pytest.raises(OSError, match=f"File too large.*The one of step {STEPS} is intact"):
             pretrain_stage1.main(flags({**fields, "output_dir": out}))
-    assert steps_saved(out)[-1] == STEPS and not leftovers(out) and not (out / "config.json").exists()
+    assert steps_saved(out)[-1] == STEPS and not leftovers(out)
+    assert not (out / "config.json").exists() and not (out / named).exists()
     pretrain_stage1.main(flags({**fields, "output_dir": out}))
     assert_same(out, whole)
 
@@ -175,13 +213,12 @@ def test_signals_save_and_exit(fields, whole, tmp_path, number, code):
     """Also when the loader's workers get the signal too, as from a terminal or a batch system."""
     out = tmp_path / "out"
     run = {**fields, "output_dir": out, "save_steps": 1000}
-    script = Script(run, tmp_path / "log")
-    until(lambda: steps_logged(out) >= 3)
+    script = Script(run, tmp_path / "log", patch=functools.partial(hold_after, 3, stopped_goes_on=True))
+    script.wait_for_step(out, 3)
     script.send(number, group=True)
     assert script.wait() == [code], script.text()
-    step = steps_saved(out)[-1]
-    assert 3 <= step < STEPS, "it ended before the signal came"
-    assert f"Stopped after step {step} of {STEPS}, saved. The same command continues." in script.text()
+    assert steps_saved(out) == [4]
+    assert f"Stopped after step 4 of {STEPS}, saved. The same command continues." in script.text()
     assert Script(run, tmp_path / "log").wait() == [0]
     assert_same(out, whole)
 
@@ -190,7 +227,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(fields, tmp_path):
     out = tmp_path / "out"
     run = {**fields, "output_dir": out, "max_steps": 1000, "save_steps": 1000, "per_device_train_batch_size": 2}
     script = Script(run, tmp_path / "log", processes=2)
-    until(lambda: steps_logged(out) >= 3)
+    script.wait_for_step(out, 3)
     script.send(signal.SIGTERM, rank=1)
     assert script.wait() == [143, 143], script.text()
     assert len(steps_saved(out)) == 1 and "saved. The same command continues." in script.text()
@@ -222,9 +259,9 @@ def test_a_loss_that_is_not_finite_on_one_process_stops_all_and_is_named(fields,
     assert steps_saved(out) == [1]
 
 
-def test_float16_survives_gradients_that_overflow(fields, tmp_path, monkeypatch, new_precision):
-    """The scaler skips such a step and lowers its scale; only a loss that is not finite ends the run."""
-    start, scales = torch.amp.GradScaler.__init__, []
+def start_too_high() -> None:
+    """A first scale of 2^40, and a line for every scale after it."""
+    start = torch.amp.GradScaler.__init__
 
     class TooHigh(torch.amp.GradScaler):
         def __init__(self, device):
@@ -232,11 +269,16 @@ def test_float16_survives_gradients_that_overflow(fields, tmp_path, monkeypatch,
 
         def update(self):
             super().update()
-            scales.append(self.get_scale())
+            print("scale", self.get_scale(), flush=True)
 
-    monkeypatch.setattr(torch.amp, "GradScaler", TooHigh)
-    lines = train_in("fp16", fields, tmp_path / "out")
-    assert all(scale == 2.0 ** (39 - number) for number, scale in enumerate(scales[:5])), scales
+    torch.amp.GradScaler = TooHigh
+
+
+def test_float16_survives_gradients_that_overflow(fields, tmp_path):
+    """The scaler skips such a step and lowers its scale; only a loss that is not finite ends the run."""
+    lines, said = train_in("fp16", fields, tmp_path / "out", patch=start_too_high)
+    scales = [float(number) for number in re.findall(r"scale (\S+)", said)]
+    assert [scale == 2.0 ** (39 - number) for number, scale in enumerate(scales[:5])] == [True] * 5, scales
     assert scales[-1] >= scales[-20] / 2  # a step may still overflow now and then
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert "grad_norm" not in lines[0] and lines[-1]["grad_norm"] > 0
@@ -244,18 +286,25 @@ def test_float16_survives_gradients_that_overflow(fields, tmp_path, monkeypatch,
     assert saved["scale"] == scales[-1]
 
 
-def test_fifty_steps_of_bfloat16_are_finite(fields, tmp_path, new_precision):
-    lines = train_in("bf16", fields, tmp_path / "out")
-    assert lines[-1]["loss"] < lines[0]["loss"]
+def test_bfloat16_follows_float32_for_fifty_steps(fields, tmp_path):
+    half, _ = train_in("bf16", fields, tmp_path / "half")
+    full, _ = train_in(None, fields, tmp_path / "full")
+    assert half[-1]["loss"] < half[0]["loss"] and half[0]["loss"] != full[0]["loss"]
+    assert half[0]["loss"] == pytest.approx(full[0]["loss"], rel=0.01)  # the same weights, batch and dropout
 
 
-def train_in(precision: str, fields: dict, out: Path) -> list[dict]:
-    """Lines of fifty steps; a loss that is not finite would raise."""
-    run = {**fields, "output_dir": out, precision: True, "max_steps": 50, "save_steps": 50, "dataloader_num_workers": 0}
-    pretrain_stage1.main(flags({**run, "gradient_accumulation_steps": 1}))
+def train_in(precision: str | None, fields: dict, out: Path, patch: Callable | None = None) -> tuple[list[dict], str]:
+    """Lines of fifty steps, and what was printed; a loss that is not finite would end the run.
+
+    A process of its own: accelerate keeps the precision of a process's first run.
+    """
+    run = {**fields, "output_dir": out, "max_steps": 50, "save_steps": 50, "dataloader_num_workers": 0}
+    run |= {"gradient_accumulation_steps": 1} | ({precision: True} if precision else {})
+    script = Script(run, out.with_suffix(".log"), patch=patch)
+    assert script.wait() == [0], script.text()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 50
-    return lines
+    return lines, script.text()
 
 
 def test_the_best_checkpoint_stays_and_can_become_the_root(fields, tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tiny import LANGUAGE_MODELS, TOWERS, image_processor, liven, llm_tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -75,3 +76,10 @@ def run_stage1(dataset: Path, tower: Path, out: Path, *flags: str) -> list[dict]
     }
     pretrain_stage1.main([f"--{name}={value}" for name, value in fields.items()] + list(flags))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def disable_adapters(model: torch.nn.Module) -> None:
+    """By peft's layers: transformers' method of this name wants, from 5.24 on, a peft that is not out."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)

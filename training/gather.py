@@ -80,9 +80,9 @@ def unshard_for_saving(model: torch.nn.Module, keep: bool) -> None:
     free_gathered(model)
     full = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(parameter, DTensor):
                 if parameter not in full:
                     tensor = whole(parameter)
                     full[parameter] = torch.nn.Parameter(tensor, parameter.requires_grad) if keep else parameter
-                module._parameters[name] = full[parameter]
+                setattr(module, name, full[parameter])

@@ -4,14 +4,13 @@ The run's root holds the whole model without the adapter, and the adapter beside
 peft is installed. `--merge_lora` also writes `merged/`, a model like any other.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
 
 from modeling_blip2x import Blip2xProcessor
 from modeling_blip2x.lora_blip2x import lora_targets
@@ -21,49 +20,46 @@ def add_lora(model: torch.nn.Module, preset: str, rank: int = 8, alpha: int = 16
     """Put a trainable adapter on a part. What was trainable before stays so, but for the layers that got one."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     targets = lora_targets(model, preset)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets))
+    # By peft itself: model.add_adapter of transformers 5.24 wants a peft newer than the newest there is, 0.21.
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    config.base_model_name_or_path = model.name_or_path or None
+    inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable or "lora_" in name)
 
 
-@contextmanager
-def plain_layers(model: torch.nn.Module) -> Iterator[None]:
-    """The model without its adapter, as if it had never had one."""
+def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, as a PeftModel around this model would."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(folder)
+
+
+def remove_lora(model: torch.nn.Module) -> None:
+    """Make the model what it was before `add_lora`: adapters are dropped, the layers below them stay as they are."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    try:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer.base_layer)
-        model._hf_peft_config_loaded = False  # else transformers saves the adapter alone
-        yield
-    finally:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
-        model._hf_peft_config_loaded = True
+    del model.peft_config
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.get_base_layer())
 
 
 @dataclass
 class LoraCheckpoint:
-    """Saves a model with an adapter as a whole model without it plus the adapter's files, all in one folder."""
+    """Saves a model with an adapter as a whole model without it plus the adapter's files, all in one folder.
+
+    Saving is the end of training: it takes the adapter off the model in memory.
+    """
 
     model: torch.nn.Module
     merged_processor: Blip2xProcessor | None = None  # given: merged/ is written too, with this processor
 
     def save_pretrained(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)  # the adapter
-        with plain_layers(self.model):
-            self.model.save_pretrained(folder)
+        save_adapter(self.model, folder)
+        remove_lora(self.model)
+        self.model.save_pretrained(folder)
         if self.merged_processor is not None:
-            self.save_merged(Path(folder) / "merged")
+            merged = PeftModel.from_pretrained(self.model, folder).merge_and_unload()
+            merged.save_pretrained(Path(folder) / "merged")
             self.merged_processor.save_pretrained(Path(folder) / "merged")
-
-    def save_merged(self, folder: Path) -> None:
-        """The model with the adapter added to its weights; the one in memory is left as it was, to rounding."""
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in layers:
-            layer.merge()
-        try:
-            with plain_layers(self.model):
-                self.model.save_pretrained(folder)
-        finally:
-            for layer in layers:
-                layer.unmerge()

@@ -24,14 +24,18 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
         return
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        set_distributed_type(accelerator, DistributedType.FSDP)
     elif os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         plugin = DeepSpeedPlugin()
         plugin.set_mixed_precision(accelerator.mixed_precision)
         accelerator.state.deepspeed_plugins = {"default": plugin}
-        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.DEEPSPEED
-        plugin.select(_from_accelerator_state=True)
-        accelerator.deepspeed_engine_wrapped = None  # as Accelerator itself starts with
+        set_distributed_type(accelerator, DistributedType.DEEPSPEED)
+        accelerator.state.select_deepspeed_plugin("default")
+
+
+def set_distributed_type(accelerator: Accelerator, kind: DistributedType) -> None:
+    """In both states: that of the accelerator takes over what PartialState has whenever one is made anew."""
+    PartialState().distributed_type = accelerator.state.distributed_type = kind
 
 
 def plan_deepspeed(accelerator: Accelerator, batch_size: int, accumulation_steps: int, max_grad_norm: float) -> None:

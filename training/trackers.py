@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import LoggerType
 
 
 def choose_tracker(report_to: str | None) -> tuple[str | None, str | None]:
@@ -14,7 +14,7 @@ def choose_tracker(report_to: str | None) -> tuple[str | None, str | None]:
     if report_to == "none":
         return None, None
     name = report_to or "tensorboard"
-    known = sorted(str(getattr(kind, "value", kind)) for kind in LOGGER_TYPE_TO_CLASS)
+    known = sorted(kind.value for kind in LoggerType if kind is not LoggerType.ALL)
     if name not in known:
         raise ValueError(f"--report_to is {name!r}; choose from none, {', '.join(known)}.")
     if importlib.util.find_spec(name) is not None:  # trackers, modules and packages have the same names
