@@ -132,7 +132,7 @@ class Blip2xConfig(PreTrainedConfig):
     """
 
     model_type = "blip2x"
-    keys_to_ignore_at_inference = ["past_key_values", "vision_outputs", "qformer_outputs", "text_outputs"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "vision_outputs", "qformer_outputs", "text_outputs"]
     attribute_map = {"image_token_id": "image_token_index"}
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),

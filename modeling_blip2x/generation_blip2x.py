@@ -8,21 +8,26 @@ of beams. Output of a decoder-only model begins with the prompt's ids; `Blip2xPr
 """
 
 import copy
-import inspect
+from dataclasses import fields
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin
 from transformers.utils import ModelOutput, logging
 
 from .building_blip2x import build_generative, hand_over
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
-from .distributed_blip2x import global_mean
+from .language_blip2x import (
+    LanguageBackbone,
+    LanguageModelSignature,
+    language_modelling_loss,
+    longer_cache,
+    positions_of,
+)
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
 from .outputs_blip2x import Blip2xForConditionalGenerationOutput, Blip2xImageFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
-from .prompting_blip2x import ImagePrompting, positions_of
+from .prompting_blip2x import ImagePrompting
 from .vision_blip2x import attention_weights_of
 
 logger = logging.get_logger(__name__)
@@ -46,9 +51,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         self.language_model = auto_class.from_config(config.text_config) if language_model is None else language_model
         width = self.language_model.get_input_embeddings().embedding_dim
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
-        accepted = inspect.signature(self.language_model.forward).parameters
-        self.takes_position_ids = "position_ids" in accepted
-        self.takes_logits_to_keep = "logits_to_keep" in accepted
+        self.signature = LanguageModelSignature(self.language_model)
         self.post_init()
 
     @classmethod
@@ -176,7 +179,11 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         output_hidden_states: bool | list[int] | None = None,
         interpolate_pos_encoding: bool = False,
         return_dict: bool | None = None,
-        **decoder_arguments: object,
+        cache: object | None = None,
+        position_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.Tensor | None = None,
+        **others: object,
     ) -> Blip2xForConditionalGenerationOutput | tuple:
         """Language-modelling logits and loss, given images and text.
 
@@ -184,15 +191,18 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             pixel_values: (images, 3, height, width), or vision_embeds (images, N, D) in their place.
             input_ids, attention_mask: (B, L); with Q placeholders (`config.image_token_index`) for each image. Without
                 input_ids the prompt is the image alone.
-            labels: decoder-only: (B, L) like input_ids, -100 where nothing is supervised (image, prompt, padding).
-                Encoder-decoder: (B, T) targets of the decoder. They are shifted here.
+            labels: decoder-only: (B, L) like input_ids, -100 where nothing is supervised (prompt, padding). Encoder-decoder:
+                (B, T) targets of the decoder. They are shifted here; image placeholders never count.
             qformer_input_ids, qformer_attention_mask: (images, L') text that the queries read.
             mm_encoder_outputs: {"image": get_image_features(...)} computed earlier, in place of the images.
             output_attentions, output_hidden_states: return those of tower, Q-Former and language model; hidden states
                 of chosen layers where this is a list.
-            decoder_arguments: of decoder-only models alone. position_ids (B, L); logits_to_keep, how many last
-                positions get logits (0 is all); shift_labels (B, L), targets already aligned with the logits, which
-                then replace labels (sequence-parallel training shifts before it splits).
+            cache: of an earlier forward, to go on from; past_key_values is its name up to transformers 5.23.
+            position_ids: (B, L) of a decoder-only model; counted from mask and cache by default.
+            logits_to_keep: how many last positions of a decoder-only model get logits where there are no labels; 0 is all.
+            shift_labels: (B, L) targets already aligned with the logits, which then replace labels (sequence-parallel
+                training shifts before it splits).
+            others: what else the language model's own forward takes.
 
         While training, logits are those of positions whose next token has a label in any row: (B, positions, vocabulary).
 
@@ -200,40 +210,36 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             ValueError: image tokens and image features differ in number, naming both.
             TypeError: an argument that this language model does not take.
         """
-        self._check_decoder_arguments(decoder_arguments)
+        if input_ids is None and pixel_values is not None and pixel_values.ndim == 2:
+            pixel_values, input_ids = None, pixel_values  # classifier-free guidance calls every model with ids alone
         if self.config.text_config.model_type == "t5" and self.language_model.dtype == torch.float16:
             self._warn_of_float16()
-        image = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None or vision_embeds is not None:
-            if image is not None:
-                raise ValueError("Pass images (pixel_values or vision_embeds) or mm_encoder_outputs, not both.")
-            image = self.get_image_features(
-                pixel_values,
-                vision_embeds,
-                qformer_input_ids,
-                qformer_attention_mask,
-                interpolate_pos_encoding,
-                output_attentions,
-                output_hidden_states,
-                return_dict=True,
-            )
+        image = self._image_features(
+            mm_encoder_outputs,
+            pixel_values,
+            vision_embeds,
+            qformer_input_ids,
+            qformer_attention_mask,
+            interpolate_pos_encoding,
+            output_attentions,
+            output_hidden_states,
+        )
+        cache = longer_cache(cache, past_key_values)
         options = {
-            "past_key_values": past_key_values,
+            self.signature.cache: cache,
             "use_cache": use_cache,
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
         }
-        options = {name: value for name, value in options.items() if value is not None}
+        options = self.signature.others(others) | {name: value for name, value in options.items() if value is not None}
         if encoder_outputs is None:
-            if input_ids is None and inputs_embeds is None:
-                if image is None:
-                    raise ValueError("Nothing to read: pass input_ids, images, or both.")
-                input_ids = self.image_prompt(len(image.pooler_output))
-            inputs_embeds = self.merge_image(input_ids, inputs_embeds, image, past_key_values)
-            if attention_mask is None and past_key_values is None:
-                attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+            inputs_embeds, attention_mask = self.embed_prompt(input_ids, inputs_embeds, attention_mask, image, cache)
+        if labels is not None:
+            labels = self._without_placeholders(labels, input_ids)
         if self.config.is_encoder_decoder:
-            out = self._encode_and_decode(
+            of_decoders = {"position_ids": position_ids, "shift_labels": shift_labels}
+            self.signature.refuse(name for name, value in of_decoders.items() if value is not None)
+            out, loss = self._encode_and_decode(
                 inputs_embeds,
                 attention_mask,
                 encoder_outputs,
@@ -242,59 +248,90 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 labels,
                 options,
             )
-            loss = None if labels is None else language_modelling_loss(out.logits, labels)
         else:
-            position_ids = decoder_arguments.get("position_ids")
-            if position_ids is None and past_key_values is None and attention_mask.ndim == 2:
-                position_ids = positions_of(attention_mask)
-            if position_ids is not None and self.takes_position_ids:
-                options["position_ids"] = position_ids
-            shift_labels, targets = decoder_arguments.get("shift_labels"), None
-            if labels is None and shift_labels is None:
-                options["logits_to_keep"] = decoder_arguments.get("logits_to_keep", 0)
-            elif labels is not None and shift_labels is None:
-                targets = labels[:, 1:]
-                if self.training and self.takes_logits_to_keep:
-                    # The head is the widest layer, and most positions are of the image: no logits that no label needs.
-                    supervised = (targets != -100).any(dim=0).nonzero()[:, 0]
-                    options["logits_to_keep"], targets = supervised, targets[:, supervised]
-            if self.training:
-                options.setdefault("use_cache", False)  # nothing goes on from a training step
-            with attention_weights_of(self.language_model, output_attentions):
-                out = self.callable_language_model(
-                    inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
-                )
-            loss = None
-            if shift_labels is not None:
-                loss = language_modelling_loss(out.logits, shift_labels)
-            elif labels is not None:
-                loss = language_modelling_loss(out.logits[:, : targets.shape[1]], targets)
+            if position_ids is None and (attention_mask is None or attention_mask.ndim == 2):
+                position_ids = positions_of(attention_mask, inputs_embeds, cache)
+            options |= self.signature.chosen(position_ids=position_ids)
+            out, loss = self._decode(inputs_embeds, attention_mask, labels, shift_labels, logits_to_keep, options)
         queries = None if image is None else image.qformer_outputs
         output = Blip2xForConditionalGenerationOutput(
-            loss=loss,
-            logits=out.logits,
             **{name: out.get(name) for name in _LANGUAGE_OUTPUTS},
+            loss=loss,
             vision_outputs=None if queries is None else queries.vision_outputs,
             qformer_outputs=queries,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
 
-    def _check_decoder_arguments(self, arguments: dict) -> None:
-        taken = () if self.config.is_encoder_decoder else ("position_ids", "logits_to_keep", "shift_labels")
-        unknown = [name for name in arguments if name not in taken]
-        if unknown:
-            raise TypeError(
-                f"forward of {type(self).__name__} with a {self.config.text_config.model_type} language model takes no "
-                f"argument {', '.join(map(repr, unknown))}."
-            )
+    def _image_features(
+        self,
+        mm_encoder_outputs: dict[str, Blip2xImageFeatures] | None,
+        pixel_values: torch.Tensor | None,
+        vision_embeds: torch.Tensor | None,
+        *arguments: object,
+    ) -> Blip2xImageFeatures | None:
+        """Those computed earlier, or those of the images; None where there is no image."""
+        image = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is None and vision_embeds is None:
+            return image
+        if image is not None:
+            raise ValueError("Pass images (pixel_values or vision_embeds) or mm_encoder_outputs, not both.")
+        return self.get_image_features(pixel_values, vision_embeds, *arguments, return_dict=True)
 
-    @torch.compiler.disable
-    def _warn_of_float16(self) -> None:
-        logger.warning_once(
-            "T5 was trained in bfloat16 and overflows in float16: answers may be gibberish. Load the model with "
-            "dtype=torch.bfloat16 or torch.float32."
-        )
+    def embed_prompt(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        image: Blip2xImageFeatures | None,
+        cache: object | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings (B, L, width) of a prompt with its images, and its mask; None: there is no padding."""
+        if input_ids is None and inputs_embeds is None:
+            if image is None:
+                raise ValueError("Nothing to read: pass input_ids, images, or both.")
+            input_ids = self.image_prompt(image.pooler_output.shape[0])
+        inputs_embeds = self.merge_image(input_ids, inputs_embeds, image, cache)
+        if attention_mask is None and cache is None:
+            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        return inputs_embeds, attention_mask
+
+    def _without_placeholders(self, labels: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """Labels in which no place of an image is supervised: the model reads features there, and never writes them."""
+        labels = labels.masked_fill(labels == self.config.image_token_index, -100)
+        if input_ids is None or self.config.is_encoder_decoder:
+            return labels
+        return labels.masked_fill(input_ids == self.config.image_token_index, -100)
+
+    def _decode(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        options: dict,
+    ) -> tuple[ModelOutput, torch.Tensor | None]:
+        """Output and loss of a decoder-only language model."""
+        targets = shift_labels
+        if targets is None and labels is not None:
+            targets = labels[:, 1:]
+            if self.training and "logits_to_keep" in self.signature.names:
+                # The head is the widest layer, and most positions are of the image: no logits that no label needs.
+                logits_to_keep = (targets != -100).any(dim=0).nonzero()[:, 0]
+                targets = targets[:, logits_to_keep]
+                options["logits_to_keep"] = logits_to_keep
+        elif targets is None:
+            options |= self.signature.chosen(logits_to_keep=logits_to_keep)
+        if self.training:
+            options.setdefault("use_cache", False)  # nothing goes on from a training step
+        with attention_weights_of(self.language_model, options.get("output_attentions")):
+            out = self.callable_language_model(
+                inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
+            )
+        if targets is None:
+            return out, None
+        return out, language_modelling_loss(out.logits[:, : targets.shape[1]], targets)
 
     def _encode_and_decode(
         self,
@@ -305,8 +342,9 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         decoder_attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
         options: dict,
-    ) -> ModelOutput:
-        if decoder_input_ids is None:
+    ) -> tuple[ModelOutput, torch.Tensor | None]:
+        """Output and loss of an encoder-decoder language model."""
+        if decoder_input_ids is None and "decoder_inputs_embeds" not in options:
             if labels is None:
                 raise ValueError(
                     "An encoder-decoder language model needs labels or decoder_input_ids in forward. To answer, call "
@@ -314,7 +352,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 )
             decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
         with attention_weights_of(self.language_model, options.get("output_attentions")):
-            return self.callable_language_model(
+            out = self.callable_language_model(
                 inputs_embeds=None if encoder_outputs is not None else inputs_embeds,
                 attention_mask=attention_mask,
                 encoder_outputs=encoder_outputs,
@@ -323,30 +361,59 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 return_dict=True,
                 **options,
             )
+        return out, None if labels is None else language_modelling_loss(out.logits, labels)
+
+    @property
+    def base_model(self) -> LanguageBackbone:
+        """All but the output layer, as transformers means it: see `LanguageBackbone`."""
+        return LanguageBackbone(self)
+
+    def run_backbone(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **others: object,
+    ) -> ModelOutput:
+        """`last_hidden_state` (B, L, width) of a decoder-only language model, before its output layer.
+
+        Arguments as in forward. Raises ValueError for an encoder-decoder model.
+        """
+        if self.config.is_encoder_decoder:
+            raise ValueError("base_model reads a prompt alone; call an encoder-decoder model's forward with labels.")
+        image = self._image_features(None, pixel_values, vision_embeds, qformer_input_ids, qformer_attention_mask)
+        embeds, mask = self.embed_prompt(input_ids, inputs_embeds, attention_mask, image)
+        if position_ids is None:
+            position_ids = positions_of(mask, embeds, None)
+        options = self.signature.others(others) | self.signature.chosen(position_ids=position_ids)
+        return self.language_model.base_model(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **options)
+
+    def _get_name(self) -> str:
+        # Trainer shifts labels for label smoothing only where it knows the class's name as that of a causal model.
+        return super()._get_name() if self.config.is_encoder_decoder else type(self.language_model).__name__
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    @torch.compiler.disable
+    def _warn_of_float16(self) -> None:
+        logger.warning_once(
+            "T5 was trained in bfloat16 and overflows in float16: answers may be gibberish. Load the model with "
+            "dtype=torch.bfloat16 or torch.float32."
+        )
 
 
-_LANGUAGE_OUTPUTS = (
-    "past_key_values",
-    "hidden_states",
-    "attentions",
-    "decoder_hidden_states",
-    "decoder_attentions",
-    "cross_attentions",
-    "encoder_last_hidden_state",
-    "encoder_hidden_states",
-    "encoder_attentions",
-)
-
-
-def language_modelling_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy (B, T, vocabulary) against labels (B, T), in fp32, a mean over the supervised tokens.
-
-    While training on several processes it is the mean over the global batch; in evaluation over this process's rows,
-    since processes need not evaluate in step.
-    """
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-    count = (labels != -100).sum()
-    return global_mean(total, count) if torch.is_grad_enabled() else total / count.clamp(min=1)
+# The language model's own outputs, under the names that this release of transformers gives them.
+_LANGUAGE_OUTPUTS = [
+    field.name
+    for field in fields(Blip2xForConditionalGenerationOutput)
+    if field.name not in ("loss", "vision_outputs", "qformer_outputs")
+]
 
 
 def generation_config_of(model: Blip2xForConditionalGeneration) -> object:

@@ -5,7 +5,7 @@ Q-Former, P contrastive width. Hidden states and attentions are there when asked
 from dataclasses import dataclass
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 from .qformer_blip2x import KeyValues, QFormerOutput
@@ -111,23 +111,15 @@ class Blip2xForPreTrainingOutput(ModelOutput):
 
 
 @dataclass
-class Blip2xForConditionalGenerationOutput(ModelOutput):
+class Blip2xForConditionalGenerationOutput(Seq2SeqLMOutput):
     """loss, logits (B, L, vocabulary), cache, hidden states and attentions are the language model's.
 
-    Those of the vision tower are in vision_outputs, those of the Q-Former in qformer_outputs.
+    Those of the vision tower are in vision_outputs, those of the Q-Former in qformer_outputs. The cache has the name that
+    transformers gives it: past_key_values, from release 5.24 on cache.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: object | None = None
     hidden_states: Tensors | None = None
     attentions: Tensors | None = None
-    decoder_hidden_states: Tensors | None = None
-    decoder_attentions: Tensors | None = None
-    cross_attentions: Tensors | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: Tensors | None = None
-    encoder_attentions: Tensors | None = None
     vision_outputs: BaseModelOutput | None = None
     qformer_outputs: Blip2xModelOutput | None = None
 

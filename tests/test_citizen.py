@@ -201,9 +201,10 @@ def test_dec_is_the_last_row_by_default():
     assert Blip2xQFormerConfig().bos_token_id == 30522 and Blip2xQFormerConfig(vocab_size=99).bos_token_id == 98
 
 
-def test_images_are_the_main_input_and_generate_takes_either_first():
+def test_generate_takes_images_or_text_first():
+    """Text is the main input, whose size Trainer counts as tokens; in stage 1 it is the image, as in CLIP."""
     model = stage2("opt", std=0.5)
-    assert model.main_input_name == next(iter(inspect.signature(model.forward).parameters)) == "pixel_values"
+    assert model.main_input_name == "input_ids" and stage1().main_input_name == "pixel_values"
     inputs = prompt(model)
     arguments = {"max_new_tokens": 3, "do_sample": False, "attention_mask": inputs["attention_mask"]}
     pixels, ids = inputs["pixel_values"], inputs["input_ids"]
