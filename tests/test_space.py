@@ -198,7 +198,7 @@ def test_a_quantized_model_sees_what_float32_sees_and_says_what_the_library_says
     with torch.no_grad():
         seen, right = (one.model.get_image_features(vision_embeds=one.see(pictures)) for one in (part, exact))
     assert agreement(seen.pooler_output, right.pooler_output) > least
-    assert agreement(seen.pooler_output, right.pooler_output.flip(0)) < 0.95  # another picture's features
+    assert agreement(seen.pooler_output, right.pooler_output.roll(1, 0)) < 0.95  # another picture's features
     assert agreement(*(attention.query_maps(one, pictures[0], None, None) for one in (part, exact))) > least
     quantized = BitsAndBytesConfig(load_in_8bit=bits == "8bit", load_in_4bit=bits == "4bit")
     library = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=quantized, device_map="cpu")
