@@ -85,9 +85,9 @@ def open_image(sent: dict | None) -> Image.Image:
     path, url = (sent.get(name) if isinstance(sent, dict) else None for name in ("path", "url"))
     if str(url).startswith("data:"):
         raise Mistake("Send the picture as a file, not as a data address.")
-    if not isinstance(path, str) or not Path(path).resolve().is_relative_to(upload_folder()):
+    if not was_uploaded(path):
         raise Mistake(UNREADABLE)
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise Mistake("This picture is no longer here: uploads are kept for a time only. Send it again.")
     return open_upload(path)
 
@@ -102,10 +102,14 @@ def open_images(sent: list | None) -> list[Image.Image]:
     return [open_image(entry["image"]) for entry in entries]
 
 
-def upload_folder() -> Path:
-    """Where Gradio puts uploads, as its documentation of GRADIO_TEMP_DIR says."""
+def was_uploaded(path: object) -> bool:
+    """Whether a path leads, links followed, to where Gradio puts uploads, as its documentation of GRADIO_TEMP_DIR says."""
     named = os.environ.get("GRADIO_TEMP_DIR")
-    return (Path(named) if named else Path(tempfile.gettempdir()) / "gradio").resolve()
+    uploads = Path(named) if named else Path(tempfile.gettempdir()) / "gradio"
+    try:
+        return isinstance(path, str) and Path(path).resolve().is_relative_to(uploads.resolve())
+    except (OSError, ValueError):  # no path at all, as one with a zero byte
+        return False
 
 
 class Entry(GradioModel):
