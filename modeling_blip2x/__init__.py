@@ -7,6 +7,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     AutoModelForPreTraining,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
@@ -26,6 +27,7 @@ AutoConfig.register("blip2x_qformer", Blip2xQFormerConfig)
 AutoModel.register(Blip2xConfig, Blip2xModel)
 AutoModelForPreTraining.register(Blip2xConfig, Blip2xForPreTraining)
 AutoModelForImageTextToText.register(Blip2xConfig, Blip2xForConditionalGeneration)
+AutoModelForMultimodalLM.register(Blip2xConfig, Blip2xForConditionalGeneration)  # `transformers serve`, any-to-any
 AutoModelForZeroShotImageClassification.register(Blip2xConfig, Blip2xForImageTextRetrieval)
 AutoProcessor.register(Blip2xConfig, Blip2xProcessor)
 

@@ -48,7 +48,7 @@ KEYS_OF_TRANSFORMERS = {"model_type", "architectures", "transformers_version", "
 
 def unknown_fields(config_class: type, keywords: dict) -> list[str]:
     """Those keywords that are neither fields of `config_class` nor known to transformers."""
-    known = KEYS_OF_TRANSFORMERS | set(GenerationConfig._get_default_generation_params())
+    known = KEYS_OF_TRANSFORMERS | set(GenerationConfig().to_dict())
     return [k for k in keywords if k not in known and not k.startswith("_") and not hasattr(config_class, k)]
 
 

@@ -20,7 +20,14 @@ from .distributed_blip2x import global_mean
 CACHE = next(field.name for field in fields(Seq2SeqLMOutput) if field.name in ("cache", "past_key_values"))
 
 # What transformers' generate, Trainer and PEFT pass to every model, and models of this release make no use of.
-NOT_FOR_MODELS = ("tokenizer", "assistant_tokenizer", "cache_position", "task_ids", "token_type_ids", "mm_token_type_ids")
+NOT_FOR_MODELS = (
+    "tokenizer",
+    "assistant_tokenizer",
+    "cache_position",
+    "task_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
 
 # Arguments that only some language models have; as None they say nothing, and PEFT passes them to all.
 OF_SOME_MODELS = (
@@ -36,7 +43,9 @@ def longer_cache(cache: object | None, past_key_values: object | None) -> object
     return max(cache, past_key_values, key=lambda one: one.get_seq_length())
 
 
-def positions_of(attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, cache: object | None) -> torch.Tensor:
+def positions_of(
+    attention_mask: torch.Tensor | None, inputs_embeds: torch.Tensor, cache: object | None
+) -> torch.Tensor:
     """Positions (B, L) of inputs_embeds (B, L, width) that go on from a cache.
 
     attention_mask: (B, past + L), 0 for padding, which may be on the left; None: there is no padding.

@@ -85,14 +85,16 @@ class Blip2xPreTrainedModel(PreTrainedModel):
 
     def check_processor(self, processor: object) -> None:
         """Raise ValueError, naming both numbers, where a `Blip2xProcessor` does not fit this model."""
-        config, tokenizer = self.config, processor.tokenizer
+        config, tokenizer, reader = self.config, processor.tokenizer, processor.qformer_tokenizer
         rows = self.get_input_embeddings().num_embeddings
         pairs = [("num_query_tokens", processor.num_query_tokens, config.num_query_tokens)]
         if config.text_config is None:
             pairs = [("num_query_tokens", processor.num_query_tokens, None)]
             pairs.append(("bos_token_id ([DEC])", tokenizer.bos_token_id, config.qformer_config.bos_token_id))
+            padding = config.qformer_config.pad_token_id
         else:
             pairs.append(("image_token_id", processor.image_token_id, config.image_token_index))
+            padding = self.generation_config.pad_token_id
         wrong = [
             f"{name} is {theirs} in the processor, {ours} in the model"
             for name, theirs, ours in pairs
@@ -100,6 +102,17 @@ class Blip2xPreTrainedModel(PreTrainedModel):
         ]
         if len(tokenizer) > rows:
             wrong.append(f"the tokenizer has {len(tokenizer)} tokens, the embedding {rows} rows")
+        if padding is not None and padding not in tokenizer.all_special_ids:
+            wrong.append(
+                f"pad_token_id is {tokenizer.pad_token_id} in the processor, {padding} in the model, where it is no special "
+                "token and would be read as a word"
+            )
+        if reader is not None and not config.qformer_config.use_qformer_text_input:
+            wrong.append("the processor has a Q-Former tokenizer, the Q-Former reads no text (use_qformer_text_input)")
+        elif reader is not None:
+            rows = self.shared_model.get_input_embeddings().num_embeddings
+            if len(reader) > rows:
+                wrong.append(f"the Q-Former's tokenizer has {len(reader)} tokens, the Q-Former's embedding {rows} rows")
         if wrong:
             raise ValueError(f"Processor and model do not fit: {'; '.join(wrong)}. Load both from the same folder.")
 

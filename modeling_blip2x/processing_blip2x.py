@@ -1,43 +1,45 @@
 """Processor: images and text in, the tensors of a forward out.
 
 A stage-1 processor (`num_query_tokens=None`) feeds the Q-Former: text is padded on the right, and the tokenizer gets
-[DEC] as BOS where it has none. A stage-2 processor feeds the language model: Q `<image>` placeholders stand before BOS,
-as in the official model, and padding is on the left, where it never comes between prompt and answer.
+[DEC] as BOS where it has none. A stage-2 processor feeds the language model: Q image tokens stand for each image, before
+BOS as in the official model or where the text has its `<image>` (see tokenizing_blip2x.py), and padding is on the left,
+where it never comes between prompt and answer.
 
 The caller's tokenizer is never changed: the processor works on a copy.
 """
 
 import copy
 import os
+from collections.abc import Mapping
 
-import torch
-from PIL import Image, ImageOps
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import AddedToken
+
+from .arguments_blip2x import NOT_OF_PROMPTS, TEXT_ARGUMENTS, refuse, split_arguments
+from .decoding_blip2x import decode_until, id_lists, without_prompts
+from .imagelists_blip2x import list_images, open_image
+from .tokenizing_blip2x import encode_captions, encode_for_qformer, encode_prompts, images_by_text, list_texts
 
 IMAGE_TOKEN = "<image>"
 DEC_TOKEN = "[DEC]"
 QFORMER_TOKENIZER = "qformer_tokenizer"  # its folder in a checkpoint
-# Arguments of a batch, or of processors that lay out their placeholders in the text, which these do not.
-NOT_OF_ONE_TEXT = ("return_tensors", "text_pair", "return_mm_token_type_ids", "return_text_replacement_offsets")
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "trust_remote_code")
+# Images of a message go before its question, as in training, but those between its texts stay where they are.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['content'] is string -%}{%- set text = message['content'] -%}{%- else -%}{%- set ns = namespace(t='') -%}"
-    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{{ '<image>' }}"
-    "{%- elif part['type'] == 'text' -%}{%- set ns.t = ns.t + part['text'] -%}{%- endif -%}{%- endfor -%}"
-    "{%- set text = ns.t -%}{%- endif -%}"
-    "{%- if message['role'] == 'user' -%}"
-    "{{ '' if loop.first else ' ' }}{{ 'Question: ' + text + ' Answer:' }}{%- else -%}{{ ' ' + text + '.' }}{%- endif -%}"
+    "{%- set ns = namespace(all='', words='', images='') -%}"
+    "{%- if message['content'] is string -%}{%- set ns.all = message['content'] -%}{%- set ns.words = ns.all -%}{%- else -%}"
+    "{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{%- set ns.all = ns.all + '<image>' -%}{%- set ns.images = ns.images + '<image>' -%}"
+    "{%- elif part['type'] == 'text' -%}{%- set ns.all = ns.all + part['text'] -%}"
+    "{%- set ns.words = ns.words + part['text'] -%}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{%- if ns.all == ns.images + ns.words or ns.all == ns.words + ns.images -%}{{ ns.images }}{%- set text = ns.words -%}"
+    "{%- else -%}{%- set text = ns.all -%}{%- endif -%}"
+    "{{ '' if loop.first else ' ' }}"
+    "{%- if message['role'] == 'user' -%}{{ 'Question: ' + text + ' Answer:' }}{%- else -%}{{ text + '.' }}{%- endif -%}"
     "{%- endfor -%}"
 )
-
-
-def upright(images):
-    """Turn photos the way their EXIF data says. transformers does so for paths and URLs, not for PIL images."""
-    if isinstance(images, (list, tuple)):
-        return [upright(image) for image in images]
-    return ImageOps.exif_transpose(images) if isinstance(images, Image.Image) else images
 
 
 class Blip2xProcessor(ProcessorMixin):
@@ -81,124 +83,93 @@ class Blip2xProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
-        """pixel_values of images; input_ids and attention_mask of texts, image placeholders included; for a stage-2
-        processor with a Q-Former tokenizer also qformer_input_ids and qformer_attention_mask.
+        """pixel_values (images, 3, height, width); input_ids and attention_mask (texts, L), image tokens included; for a
+        stage-2 processor with a Q-Former tokenizer also qformer_input_ids and qformer_attention_mask (images, L').
 
         Args:
-            images: one image or a list (PIL, array, tensor, path or URL). text: one string or a list, as many as images.
-                A text may say where the image goes by one `<image>`; otherwise it goes first.
-            kwargs: padding, truncation, max_length, return_tensors and other arguments of transformers' processors, for
-                tokenizer or image processor, checked by them. max_length is that of input_ids, image placeholders
-                included; only text is ever truncated.
+            images: one image (PIL, array, tensor, path, address, bytes, ...), a list of images, or for each text a list of
+                its images: [[a, b], [c], []].
+            text: one string or a list. `<image>` says where an image goes; the images of a text without it go first. A
+                flat list of images is dealt out by the `<image>`s of the texts, or one image to each text.
+            kwargs: arguments of transformers' tokenizers and image processors, also in groups (text_kwargs,
+                images_kwargs). max_length is that of input_ids, image tokens included; only words are ever cut. Stage 1
+                hands all of the text's to the tokenizer.
 
         Raises:
-            ValueError: nothing given, several placeholders in a text, images and texts that differ in number, or a
-                max_length that has no room for the image.
+            ValueError: nothing given; images and texts, or a text's images and its `<image>`s, that differ in number; None
+                or something unreadable for an image; a max_length without room for the images; an argument that has no
+                meaning here.
+            TypeError: an argument that is unknown or given twice, or something that is no image.
         """
-        if images is None and text is None:
-            raise ValueError("Pass images, text, or both: both are None.")
-        merged = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-        options = merged["text_kwargs"]
-        return_tensors = options.get("return_tensors")
-        features = {}
-        images = None if images is None else upright(self.image_processor.fetch_images(images))
-        if images is not None:
-            features.update(self.image_processor(images, **merged["images_kwargs"]))
-        with_placeholders = images is not None and self.num_query_tokens is not None
-        if text is not None:
-            texts = [text] if isinstance(text, str) else list(text)
-            wrong = [t for t in texts if not isinstance(t, str)]
-            if wrong:
-                raise ValueError(
-                    f"text must be a string or a list of strings, got {wrong[0]!r} ({type(wrong[0]).__name__})."
-                )
-            count = len(features["pixel_values"]) if images is not None else None
-            if with_placeholders and count != len(texts):
-                raise ValueError(
-                    f"Got {count} images and {len(texts)} texts. Pass one text for each image; repeat the image to ask "
-                    "several questions of it."
-                )
-            features.update(self._encode(texts, with_placeholders, options))
-            if with_placeholders and self.qformer_tokenizer is not None:
-                plain = [t.replace(IMAGE_TOKEN, "").strip() for t in texts]
-                encoded = self.qformer_tokenizer(
-                    plain, padding=options.get("padding", False), truncation=options.get("truncation", False)
-                )
-                features["qformer_input_ids"] = encoded["input_ids"]
-                features["qformer_attention_mask"] = encoded["attention_mask"]
-        elif with_placeholders:
-            features.update(self._encode([""] * len(features["pixel_values"]), True, options))
-        return BatchFeature(features, tensor_type=return_tensors)
-
-    def _encode(self, texts: list[str], with_image: bool, options: dict) -> dict:
-        options = {name: value for name, value in options.items() if name not in NOT_OF_ONE_TEXT}
-        padding, max_length = options.pop("padding", False), options.pop("max_length", None)
-        truncation, multiple = options.pop("truncation", False), options.pop("pad_to_multiple_of", None)
-        padding_side = options.pop("padding_side", None)
-        taken = self.num_query_tokens if with_image else 0
-        if with_image and max_length is not None and truncation and max_length < taken:
-            raise ValueError(
-                f"max_length={max_length} has no room for the {taken} image tokens. Set max_length to at least {taken} "
-                "plus the length of the text."
-            )
-        room = None if max_length is None else max_length - taken
-        rows = [self._encode_one(text, with_image, truncation, room, options) for text in texts]
-        batch = {name: [row[name] for row in rows] for name in rows[0]}
-        if not padding:
-            return batch
-        offsets = batch.pop("offset_mapping", None)
-        # Texts that were cut are short enough; pad, which does not know that they were, would warn.
-        longest = None if truncation and padding != "max_length" else max_length
-        padded = dict(
-            self.tokenizer.pad(
-                batch, padding=padding, max_length=longest, pad_to_multiple_of=multiple, padding_side=padding_side
-            )
+        text_options, image_options = self._options(kwargs)
+        images, nested = ([], False) if images is None else list_images(images)
+        texts = None if text is None else list_texts(text, text_options.get("is_split_into_words", False))
+        if not images and texts is None:
+            raise ValueError("Pass images, text, or both: both are None or empty.")
+        features = self._encode_images(images, nested, image_options)
+        if self.num_query_tokens is None:
+            if texts is not None:
+                features |= encode_captions(self.tokenizer, texts, text_options)
+        else:
+            features |= self._encode_prompts(texts, images, nested, text_options)
+        return BatchFeature(
+            features,
+            tensor_type=text_options.get("return_tensors") or image_options.get("return_tensors"),
+            skip_tensor_conversion=self.skip_tensor_conversion,
         )
-        if offsets is not None:  # the tokenizer pads only what it knows
-            on_left = (padding_side or self.tokenizer.padding_side) == "left"
-            missing = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(padded["input_ids"], offsets)]
-            padded["offset_mapping"] = [pad + row if on_left else row + pad for pad, row in zip(missing, offsets)]
-        return padded
 
-    def _encode_one(self, text: str, with_image: bool, truncation: bool, room: int | None, options: dict) -> dict:
-        """One text to ids. The placeholders go before BOS, or where the text has its `<image>`."""
-        placeholders = [] if not with_image else [self.image_token_id] * self.num_query_tokens
-        before, after, found = "", text, 0
-        wants_offsets = bool(options.get("return_offsets_mapping"))
-        if self.num_query_tokens is not None:
-            text = text.replace(IMAGE_TOKEN * self.num_query_tokens, IMAGE_TOKEN)  # already laid out: once is enough
-            found = text.count(IMAGE_TOKEN)
-            if found > (1 if with_image else 0):
-                raise ValueError(
-                    f"The text has {found} {IMAGE_TOKEN} placeholders but there is {1 if with_image else 0} image for it: {text!r}. "
-                    f"Leave {IMAGE_TOKEN} out, or write it once for the image."
-                )
-            if found:
-                before, after = text.split(IMAGE_TOKEN)
-        head = self.tokenizer(before, add_special_tokens=False, return_offsets_mapping=wants_offsets)
-        head = {name: values if before.strip() else [] for name, values in head.items()}
-        used = len(head["input_ids"])
-        options = options | {"truncation": truncation, "max_length": None if room is None else max(room - used, 0)}
-        row = self.tokenizer(after, **options)
-        encoded = {
-            "input_ids": head["input_ids"] + placeholders + row["input_ids"],
-            "attention_mask": [1] * (used + len(placeholders)) + row["attention_mask"],
-        }
-        if wants_offsets:
-            shift = len(before) + len(IMAGE_TOKEN) if found else 0
-            behind = [(start + shift, end + shift) if end else (0, 0) for start, end in row["offset_mapping"]]
-            encoded["offset_mapping"] = head["offset_mapping"] + [(0, 0)] * len(placeholders) + behind
-        return encoded
+    def _options(self, kwargs: dict) -> tuple[dict, dict]:
+        """Arguments for the text, over the defaults that came with the tokenizer, and for the images."""
+        takes = getattr(self.image_processor, "valid_kwargs", ImagesKwargs)
+        of_text, of_images = split_arguments(kwargs, {*takes.__annotations__, *ImagesKwargs.__annotations__})
+        settings = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in TEXT_ARGUMENTS}
+        defaults = {name: getattr(self.tokenizer, name, value) for name, value in settings.items() if value is not None}
+        if "max_length" in defaults and "max_length" not in of_text:
+            defaults.setdefault("truncation", False)  # only a caller's max_length means by itself that texts are cut
+        return defaults | of_text, of_images
 
-    def batch_decode_new(self, ids: torch.Tensor, input_ids: torch.Tensor) -> list[str]:
-        """Text that `generate` wrote after the prompt `input_ids` (B, L), for decoder-only and encoder-decoder models.
+    def _encode_images(self, images: list, nested: bool, options: dict) -> dict:
+        """pixel_values of images in order of appearance; nothing where there is no image."""
+        # Levels that are not to be rescaled, or a layout that is named, are the caller's own.
+        as_they_are = options.get("do_rescale") is False or "input_data_format" in options
+        if nested:
+            names = [f"images[{row}][{number}]" for row, found in enumerate(images) for number in range(len(found))]
+            images = [image for found in images for image in found]
+        else:
+            names = [f"images[{number}]" for number in range(len(images))]
+        if not images:
+            return {}
+        opened = [open_image(image, name, as_they_are) for image, name in zip(images, names)]
+        return dict(self.image_processor(opened, **options))
 
-        A decoder-only model's ids begin with the prompt, an encoder-decoder's do not.
+    def _encode_prompts(self, texts: list[str] | None, images: list, nested: bool, options: dict) -> dict:
+        """input_ids and their like for a language model, and what the Q-Former reads."""
+        refuse(options, NOT_OF_PROMPTS)
+        has_text = texts is not None
+        texts = texts if has_text else [""] * len(images)
+        layout = (IMAGE_TOKEN, self.num_query_tokens)
+        counts = images_by_text(texts, images, nested, *layout)
+        features = encode_prompts(self.tokenizer, texts, counts, *layout, options)
+        if has_text and self.qformer_tokenizer is not None and any(counts):
+            features |= encode_for_qformer(self.qformer_tokenizer, texts, counts, IMAGE_TOKEN, options)
+        return features
+
+    def batch_decode_new(self, ids, input_ids=None) -> list[str]:
+        """Text that `generate` wrote after the prompt, up to the end token, for models of every kind.
+
+        Args:
+            ids: what generate returned: ids (B * return sequences, L), or its output with return_dict_in_generate.
+            input_ids: (B, L) of the prompt. A decoder-only model's ids begin with it, and it is taken off; an
+                encoder-decoder's do not. None for stage 1, which has no prompt.
+
+        Both may be tensors, arrays or lists.
         """
-        prompt = torch.as_tensor(input_ids).repeat_interleave(len(ids) // len(input_ids), dim=0).to(ids.device)
-        echoed = ids.shape[1] >= prompt.shape[1] and bool((ids[:, : prompt.shape[1]] == prompt).all())
-        new = ids[:, prompt.shape[1] :] if echoed else ids
-        return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        given = id_lists(ids["sequences"] if isinstance(ids, Mapping) else ids)
+        end = self.tokenizer.sep_token_id if self.num_query_tokens is None else self.tokenizer.eos_token_id
+        new = given if input_ids is None else without_prompts(given, id_lists(input_ids))
+        if new is given:  # an encoder-decoder's: some, as BART, start decoding from the end token
+            new = [row[1:] if row[:1] == [end] else row for row in new]
+        return decode_until(self.tokenizer, new, end)
 
     # transformers' processors hold and save every component of their signature. The Q-Former's tokenizer may be absent,
     # so it is kept, saved and loaded here.
@@ -207,10 +178,14 @@ class Blip2xProcessor(ProcessorMixin):
     def get_attributes(cls) -> list[str]:
         return ["image_processor", "tokenizer"]
 
-    def save_pretrained(self, save_directory: str, push_to_hub: bool = False, **kwargs) -> list[str]:
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> list[str]:
+        """As in transformers; kwargs are those of `push_to_hub`, with repo_id, the folder's name by default."""
+        written = super().save_pretrained(save_directory)
         if self.qformer_tokenizer is not None:
             self.qformer_tokenizer.save_pretrained(os.path.join(save_directory, QFORMER_TOKENIZER))
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if push_to_hub:  # which saves all components to a folder of its own
+            self.push_to_hub(kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory))), **kwargs)
+        return written
 
     def to_dict(self) -> dict:
         bare = copy.copy(self)
@@ -220,12 +195,18 @@ class Blip2xProcessor(ProcessorMixin):
         return output | {"has_qformer_tokenizer": self.qformer_tokenizer is not None}
 
     @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
-        arguments = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
-        if (processor_dict or {}).get("has_qformer_tokenizer"):
-            kwargs = kwargs | {"subfolder": os.path.join(kwargs.get("subfolder", ""), QFORMER_TOKENIZER)}
-            arguments.append(AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs))
-        return arguments
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """As in transformers."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        settings, _ = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if settings.get("has_qformer_tokenizer"):
+            processor = loaded[0] if isinstance(loaded, tuple) else loaded
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            folder = os.path.join(kwargs.get("subfolder", ""), QFORMER_TOKENIZER)
+            processor.qformer_tokenizer = AutoTokenizer.from_pretrained(
+                pretrained_model_name_or_path, subfolder=folder, **where
+            )
+        return loaded
 
     @property
     def model_input_names(self) -> list[str]:

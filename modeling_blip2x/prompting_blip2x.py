@@ -14,6 +14,7 @@ from .language_blip2x import CACHE
 from .outputs_blip2x import Blip2xImageFeatures
 from .vision_blip2x import attention_weights_of
 
+
 def repeat_rows(value: torch.Tensor | tuple, copies: int) -> torch.Tensor | tuple:
     """Each row of a tensor, or of the tensors in a tuple, `copies` times, one after the other."""
     if isinstance(value, tuple):
@@ -146,7 +147,11 @@ class ImagePrompting:
         images = dict(mm_encoder_outputs or {})
         if pixel_values is not None or vision_embeds is not None:
             images["image"] = self.get_image_features(
-                pixel_values, vision_embeds, **texts, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True
+                pixel_values,
+                vision_embeds,
+                **texts,
+                interpolate_pos_encoding=interpolate_pos_encoding,
+                return_dict=True,
             )
         elif id(self) in images:  # this model is the assistant of another, which encoded the image for it
             images = {"image": images[id(self)]}
@@ -178,6 +183,17 @@ class ImagePrompting:
         if mm_encoder_outputs and not self.config.is_encoder_decoder and (cache is None or cache.get_seq_length() == 0):
             inputs["mm_encoder_outputs"] = mm_encoder_outputs
         return inputs
+
+    def heal_tokens(self, input_ids: torch.Tensor, tokenizer: object | None = None) -> torch.Tensor:
+        """input_ids (B, L) whose last token may be another one that begins alike (token_healing).
+
+        transformers reads the whole text anew, which neither its images nor BOS outlive, so the last token alone is
+        taken. An encoder-decoder model's text is in the encoder, and its decoder has nothing to heal.
+        """
+        if self.config.is_encoder_decoder:
+            return input_ids
+        healed = super().heal_tokens(input_ids, tokenizer)
+        return torch.cat([input_ids[:, :-1], healed[:, -1:]], dim=1) if healed.shape[1] else input_ids
 
     def _prepare_text_encoder_decoder_kwargs_for_generation(
         self, inputs_tensor, model_kwargs: dict, model_input_name: str | None, generation_config

@@ -15,7 +15,9 @@ STAGE1 = {
     "AutoModelForPreTraining": "pretraining_blip2x.Blip2xForPreTraining",
     "AutoModelForZeroShotImageClassification": "retrieval_blip2x.Blip2xForImageTextRetrieval",
 }
-STAGE2 = {"AutoModelForImageTextToText": "generation_blip2x.Blip2xForConditionalGeneration"}
+STAGE2 = dict.fromkeys(
+    ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"), "generation_blip2x.Blip2xForConditionalGeneration"
+)
 PROCESSOR = {"AutoProcessor": "processing_blip2x.Blip2xProcessor"}
 
 

@@ -36,7 +36,7 @@ def caption(part: Part, image: Image.Image, prompt: str, settings: Settings, sto
             raise Mistake("This checkpoint captions by its ITG head, which takes no prompt. Leave the prompt empty.")
         arguments = settings.generation_arguments(room_of(part) - 1)
         ids = part.model.generate(vision_embeds=part.see([image]), **arguments, **criteria)
-        return different(part.processor.batch_decode(ids, skip_special_tokens=True))
+        return different(part.processor.batch_decode_new(ids))
     inputs = prompt_inputs(part, image, prompt)
     arguments = settings.generation_arguments(room_left(part, inputs))
     ids = part.model.generate(**inputs, **arguments, **criteria)

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 from gradio.data_classes import FileData, GradioModel, GradioRootModel
 from gradio_internals import UNREADABLE
 from mistakes import Mistake
@@ -41,9 +42,9 @@ def open_upload(path: str | Path) -> Image.Image:
         with opened as image:
             _check_size(image)
             image.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))  # JPEG decodes at a fraction of its size
-            upright = ImageOps.exif_transpose(image)
-        upright.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
-        return on_white(upright)
+            picture = in_colours(upright(image))
+        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
+        return on_white(picture)
     except Mistake:  # a ValueError
         raise
     except UnidentifiedImageError as error:
@@ -65,13 +66,40 @@ def _check_size(image: Image.Image) -> None:
         )
 
 
+def upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data that are damaged in any way; the pixels are sound
+        return image
+
+
+def in_colours(image: Image.Image) -> Image.Image:
+    """8-bit RGB, or RGBA where a part may be transparent: palettes and 16 bits could not be shrunk.
+
+    The pixels are those of `modeling_blip2x.images_blip2x`, which is not there to import where a checkpoint carries its code.
+    """
+    hidden = image.info.get("transparency")
+    if image.mode.startswith("I"):  # grey PNG of 16 bits
+        levels = np.asarray(image)
+        if 0 < levels.max() <= 255:
+            raise Mistake(
+                "This picture has 16 bits a pixel and is all but black. Save it with 8 bits and send it again."
+            )
+        image = Image.fromarray(((levels.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        if hidden is not None:
+            image.putalpha(Image.fromarray(np.uint8(255) * (levels != hidden)))
+    elif isinstance(hidden, tuple) and max(hidden) > 255:
+        image.info["transparency"] = tuple(level >> 8 for level in hidden)  # Pillow has made 8 bits of the pixels alone
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
 def on_white(image: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white, as on paper."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    if image.mode == "RGB":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def open_image(sent: dict | None) -> Image.Image:

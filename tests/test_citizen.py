@@ -1,6 +1,5 @@
 """What transformers' tools expect of a model: outputs on request, checkpointing, compiling, resizing, saved configs."""
 
-import inspect
 from types import SimpleNamespace
 
 import pytest

@@ -152,7 +152,7 @@ def test_generate_accepts_cached_features(language_model):
     assert torch.equal(direct, model.generate(**inputs, vision_embeds=embeds, max_new_tokens=4, do_sample=False))
 
 
-@pytest.mark.parametrize("language_model", ("opt", "llama", "t5"))
+@pytest.mark.parametrize("language_model", ALL)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -163,12 +163,28 @@ def test_generate_accepts_cached_features(language_model):
         {"cache_implementation": "static", "do_sample": False},
         {"repetition_penalty": 1.5, "do_sample": False},
         {"num_beams": 2, "length_penalty": -1.0, "do_sample": False},
+        {"no_repeat_ngram_size": 1, "do_sample": False},
+        {"use_cache": False, "do_sample": False},
     ],
     ids=lambda arguments: ",".join(arguments),
 )
+@torch.no_grad()
 def test_ways_to_generate(language_model, arguments):
+    """The same ids as the bare language model writes that is fed the same embeddings."""
     model = stage2(language_model, std=STRONG)
-    ids = model.generate(**prompt(model), max_new_tokens=4, **arguments)
+    inputs = prompt(model)
+    features = model.get_image_features(inputs["pixel_values"]).pooler_output
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    embeds[inputs["input_ids"] == model.config.image_token_index] = features.flatten(0, 1)
+    fed = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    if not model.config.is_encoder_decoder:
+        fed["input_ids"] = inputs["input_ids"]  # penalties count the words of the prompt
+    arguments = {"max_new_tokens": 4, "suppress_tokens": [model.config.image_token_index], **arguments}
+    torch.manual_seed(0)
+    ids = model.generate(**inputs, **arguments)
+    torch.manual_seed(0)
+    # From embeddings alone a language model generates with its cache only.
+    assert torch.equal(ids, model.language_model.generate(**fed, **{**arguments, "use_cache": True}))
     assert len(ids) == 2 * arguments.get("num_return_sequences", 1)
 
 

@@ -1,5 +1,7 @@
 """transformers' pipelines and Trainer, and the code that users of BLIP-2 have had since 2023."""
 
+import copy
+
 import pytest
 import torch
 from tiny import QUERIES, batch, image, prompt, stage1, stage1_processor, stage2, stage2_processor
@@ -43,6 +45,34 @@ def test_image_text_to_text_pipeline_with_chat_messages(folders):
     assert answer == plain
 
 
+@pytest.mark.parametrize("name", ["opt", "t5"])
+def test_image_text_to_text_pipeline_with_several_images(name, folders):
+    """In one prompt or ragged over several, in a list or in a chat: what the model itself writes for each prompt alone."""
+    processor = AutoProcessor.from_pretrained(folders / name)
+    ask = pipeline("image-text-to-text", model=str(folders / name), processor=processor)
+    options = {"generate_kwargs": {"max_new_tokens": 4, "do_sample": False}, "return_full_text": False}
+    images = [[image(), image("blue")], [], [image("green")]]
+    texts = ["<image> a dog , <image> a cat", "how many ?", "is it <image> red"]
+    expected = []
+    for row, text in zip(images, texts):
+        inputs = processor([row], [text], return_tensors="pt")
+        ids = ask.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        expected += processor.batch_decode_new(ids, inputs.input_ids)
+    assert len(set(expected)) == 3
+
+    def answers(outputs):
+        return [output["generated_text"].strip() for output in outputs]
+
+    assert answers(ask(images=images, text=texts, **options)) == expected
+    assert answers(ask(images=images[0], text=texts[0], **options)) == expected[:1]
+    first, second = ({"type": "image", "image": one} for one in images[0])
+    parts = [{"type": "text", "text": "a dog"}, {"type": "text", "text": "or a cat ?"}]
+    chat = [{"role": "user", "content": [first, parts[0], second, parts[1]]}]
+    inputs = processor([images[0]], "Question: <image>a dog<image>or a cat ? Answer:", return_tensors="pt")
+    ids = ask.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert answers(ask(text=chat, **options)) == processor.batch_decode_new(ids, inputs.input_ids)
+
+
 def test_zero_shot_image_classification_pipeline(folders):
     classify = pipeline("zero-shot-image-classification", model=str(folders / "stage1"))
     assert type(classify.model) is Blip2xForImageTextRetrieval
@@ -57,6 +87,23 @@ def test_zero_shot_image_classification_pipeline(folders):
     assert scores == pytest.approx(dict(zip(labels, expected.tolist())), abs=1e-5)
 
 
+def short_of_greedy(model, inputs, ids):
+    """By how many standard deviations of the logits a chosen token falls short of the best, by the same model in float32."""
+    exact = copy.deepcopy(model).float()
+    given = {"pixel_values": inputs["pixel_values"].float()}
+    if model.config.is_encoder_decoder:
+        given |= {"input_ids": inputs["input_ids"], "decoder_input_ids": ids[:, :-1]}
+        chosen = ids[:, 1:]
+    else:
+        given |= {"input_ids": ids[:, :-1]}
+        chosen = ids[:, inputs["input_ids"].shape[1] :]
+    with torch.no_grad():
+        logits = exact(**given).logits[:, -chosen.shape[1] :]
+    spread = logits.std()
+    logits[..., model.config.image_token_index] = -torch.inf  # never written
+    return ((logits.max(dim=-1).values - logits.gather(2, chosen[..., None])[..., 0]).max() / spread).item()
+
+
 @pytest.mark.parametrize("keyword", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("name", ["opt", "t5"])
 def test_the_code_of_2023(name, keyword, folders):
@@ -65,16 +112,24 @@ def test_the_code_of_2023(name, keyword, folders):
     model = Blip2xForConditionalGeneration.from_pretrained(folders / name, **{keyword: torch.bfloat16})
     device = "cpu"
     model.to(device)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     inputs = processor(images=image(), return_tensors="pt").to(device, torch.bfloat16)
+    assert inputs.input_ids.tolist() == [[processor.image_token_id] * QUERIES + ([1] if name == "opt" else [2])]
     caption_ids = model.generate(**inputs, max_new_tokens=20)
     caption = processor.batch_decode(caption_ids, skip_special_tokens=True)[0].strip()
-    turns = "Question: what is it ? Answer: a dog . Question: what colour ? Answer:"
+    assert [caption] == processor.batch_decode_new(caption_ids, inputs.input_ids) and "<image>" not in caption
+    assert short_of_greedy(model, inputs, caption_ids) < 0.8  # such wide weights enlarge what bfloat16 rounds
+    caption_ids[0, -1] = processor.tokenizer.unk_token_id  # as another token than the best would
+    assert short_of_greedy(model, inputs, caption_ids) > 1
+    turns = "question : what is it ? answer : a dog . question : what colour ? answer :"
     for text in ("this is a picture of", turns):
         inputs = processor(image(), text=text, return_tensors="pt").to(device, torch.bfloat16)
         assert inputs.pixel_values.dtype == torch.bfloat16 and inputs.input_ids.dtype == torch.int64
         ids = model.generate(**inputs, max_new_tokens=20)
-        assert isinstance(processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), str)
-    assert "<image>" not in caption
+        assert short_of_greedy(model, inputs, ids) < 0.8
+        written = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+        (answer,) = processor.batch_decode_new(ids, inputs.input_ids)
+        assert written == (f"{text} {answer}".strip() if name == "opt" else answer)
 
 
 class Pairs(torch.utils.data.Dataset):

@@ -1,12 +1,18 @@
 """The processor: placeholders, padding, lengths, odd images, round trip, and the caller's tokenizer left alone."""
 
+import base64
 import functools
 import http.server
+import io
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from huggingface_hub import HfApi
 from PIL import Image
 from tiny import (
     QUERIES,
@@ -87,8 +93,14 @@ def test_image_token_in_the_text():
 
 
 def test_bad_text_is_named():
-    with pytest.raises(ValueError, match="got 3"):
-        stage2_processor()(image(), [3])
+    for text, message in (
+        ([3], r"text\[0\] got 3"),
+        (5, r"got 5 \(int\)"),
+        (b"a dog", "got b'a dog'"),
+        ({"a": 1}, "dict"),
+    ):
+        with pytest.raises(ValueError, match=f"text must be a string or a list of strings.*{message}"):
+            stage2_processor()(image(), text)
 
 
 def odd_images(folder):
@@ -137,15 +149,105 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
         pass
 
 
+def pixels_of(*images, **options):
+    return stage2_processor()(*images, return_tensors="pt", **options).pixel_values
+
+
+def half_hidden():
+    """The right half is red under full transparency, which shows white."""
+    picture = Image.new("RGBA", (40, 30), (0, 0, 255, 255))
+    picture.paste((255, 0, 0, 0), (20, 0, 40, 30))
+    return picture
+
+
 def test_image_by_address(tmp_path):
-    image().save(tmp_path / "red.png")
+    half_hidden().save(tmp_path / "half.png")
     handler = functools.partial(Quiet, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}/red.png"
-        pixels = stage2_processor()(address, return_tensors="pt").pixel_values
+        address = f"http://127.0.0.1:{server.server_port}"
+        pixels = pixels_of(f"{address}/half.png")
+        with pytest.raises(ValueError, match=r"images\[1\]: the image .*/none.png' cannot be fetched: .*404"):
+            stage2_processor()([image(), f"{address}/none.png"])
         server.shutdown()
-    assert torch.equal(pixels, stage2_processor()(image(), return_tensors="pt").pixel_values)
+    assert torch.equal(pixels, pixels_of(half_hidden()))
+
+
+def test_an_image_in_every_wrapping(tmp_path):
+    """File, bytes, base64 or open file: the pixels of the picture on white."""
+    file = tmp_path / "half.png"
+    half_hidden().save(file)
+    content = file.read_bytes()
+    text = base64.b64encode(content).decode()
+    white = Image.new("RGB", (40, 30), "white")
+    white.paste((0, 0, 255), (0, 0, 20, 30))
+    expected = pixels_of(white)
+    wrappings = [
+        str(file), file, content, bytearray(content), io.BytesIO(content), text, f"data:image/png;base64,{text}",
+        {"bytes": content, "path": None}, half_hidden(), np.asarray(half_hidden()),
+    ]  # fmt: skip
+    for given in wrappings:
+        if hasattr(given, "read"):
+            given.seek(0)
+        assert torch.equal(pixels_of(given), expected), type(given)
+    with file.open("rb") as opened:
+        assert torch.equal(pixels_of([opened]), expected)
+
+
+def test_every_iterable_of_images_and_texts(tmp_path):
+    processor = stage2_processor()
+    pictures, texts = [image(), image("blue")], ["a dog", "what is it ?"]
+    expected = processor(pictures, texts, padding=True, return_tensors="pt")
+    files = [tmp_path / f"{number}.png" for number in range(2)]
+    for picture, file in zip(pictures, files):
+        picture.save(file)
+    table = Dataset.from_dict(
+        {"image": [str(file) for file in files], "text": texts},
+        features=Features({"image": ImageFeature(), "text": Value("string")}),
+    )
+    levels = [np.asarray(picture) for picture in pictures]
+    objects = np.empty(2, dtype=object)
+    objects[:] = pictures
+    for given in (
+        tuple(pictures), iter(pictures), table["image"], files, np.array([str(file) for file in files]),
+        np.stack(levels), torch.from_numpy(np.stack(levels)).permute(0, 3, 1, 2), objects,
+    ):  # fmt: skip
+        assert torch.equal(
+            processor(given, texts, padding=True, return_tensors="pt").pixel_values, expected.pixel_values
+        )
+    for given in (tuple(texts), iter(texts), table["text"], np.array(texts)):
+        assert torch.equal(processor(pictures, given, padding=True, return_tensors="pt").input_ids, expected.input_ids)
+
+
+def test_what_is_no_image_is_named_by_its_place():
+    processor = stage2_processor()
+    one = image()
+    for given, message in (
+        ([one, None], r"images\[1\] is None"),
+        ([[one], [None]], r"images\[1\]\[0\] is None"),
+        ([[one], None], r"images\[1\] is None"),
+        ([[one], one], r"images\[0\] is a list, not an image like those beside it"),
+        ([one, "none.png"], r"images\[1\]: The image 'none.png' cannot be read: the file is missing"),
+        ([[one], [one, 3]], r"images\[1\]\[1\]: An image is a int: 3"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^{message}"):
+            processor(given, ["a dog", "a cat"])
+    with pytest.raises(ValueError, match="both are None or empty"):
+        processor([])
+    with pytest.raises(ValueError, match="text is an empty list"):
+        processor([], [])
+    with pytest.raises(ValueError, match=r"text\[1\] got None"):
+        processor([image()] * 2, ["a dog", None])
+
+
+def test_levels_of_ones_own_are_left_alone():
+    """Who says that an array is not to be rescaled, or how it lies, has prepared it."""
+    levels = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    options = {"do_resize": False, "do_rescale": False, "do_normalize": False}
+    assert torch.equal(pixels_of(levels, **options)[0], levels)
+    assert torch.equal(
+        pixels_of(levels.permute(1, 2, 0).numpy(), **options, input_data_format="channels_last")[0], levels
+    )
 
 
 def test_texts_that_are_cut_and_padded_raise_no_warning(recwarn):
@@ -195,6 +297,26 @@ def test_chat_turns():
     assert processor(image(), text).input_ids[0].count(processor.image_token_id) == QUERIES
 
 
+def test_saving_with_push_uploads_every_component(tmp_path, monkeypatch):
+    sent = {}
+
+    def create_commit(self, repo_id, operations, **_):
+        sent.setdefault(repo_id, set()).update(operation.path_in_repo for operation in operations)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=f"user/{repo_id}"))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    processor = stage2_processor(qformer_tokenizer=bert_tokenizer())
+    processor.save_pretrained(tmp_path / "here")
+    files = {str(file.relative_to(tmp_path / "here")) for file in (tmp_path / "here").rglob("*") if file.is_file()}
+    assert "qformer_tokenizer/tokenizer.json" in files
+    processor.save_pretrained(tmp_path / "named", push_to_hub=True)
+    processor.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="other", commit_message="All of it")
+    processor.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="third")  # nothing on the disk is new
+    assert {repository: uploaded - {"README.md"} for repository, uploaded in sent.items()} == {
+        "user/named": files, "user/other": files, "user/third": files,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("language_model, bos", [("opt", True), ("t5", False)])
 def test_new_text_without_the_prompt(language_model, bos):
     """One contract for both kinds: the answer, never the question."""
@@ -207,3 +329,62 @@ def test_new_text_without_the_prompt(language_model, bos):
     assert answers == [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     sampled = model.generate(**batch, max_new_tokens=2, do_sample=True, num_return_sequences=3)
     assert len(processor.batch_decode_new(sampled, batch.input_ids)) == 6
+
+
+def test_decoding_takes_what_generate_gives():
+    """Tensors, arrays, lists and generate's own output, with one or several sequences for each prompt."""
+    model, processor = stage2("opt", std=0.5), stage2_processor()
+    model.config.image_token_index = processor.image_token_id
+    batch = processor([image(), image("blue")], ["a dog", "what is it ?"], padding=True, return_tensors="pt")
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 4, "num_return_sequences": 2}
+    output = model.generate(**batch, **options, return_dict_in_generate=True)
+    ids, prompts = output.sequences, batch.input_ids
+    new = processor.batch_decode(ids[:, prompts.shape[1] :], skip_special_tokens=True)
+    expected = [text.strip() for text in new]
+    assert len(expected) == 4 and all(expected)
+    rows = [row.tolist() for row in ids]
+    for given in (output, dict(output), ids, ids.numpy(), rows, list(ids), tuple(rows)):
+        for asked in (prompts, prompts.numpy(), prompts.tolist(), list(prompts)):
+            assert processor.batch_decode_new(given, asked) == expected
+    assert processor.batch_decode_new(rows[0], prompts[0]) == expected[:1]
+    with pytest.raises(ValueError, match="ids has 4 rows and input_ids 3"):
+        processor.batch_decode_new(ids, prompts[[0, 0, 1]])
+
+
+def test_decoding_stops_at_the_end_token():
+    """Rows that are done may be padded with a word: "on on on"."""
+    processor = stage2_processor()
+    word = processor.tokenizer.convert_tokens_to_ids
+    prompt = processor(image(), "a dog").input_ids
+    answer = [word("red"), word("</s>"), word("on"), word("on")]
+    assert processor.batch_decode_new([prompt[0] + answer], prompt) == ["red"]
+    assert processor.batch_decode_new([[0, *answer]], prompt) == ["red"]  # an encoder-decoder's
+    assert processor.batch_decode_new([[2, *answer]], prompt) == ["red"]  # whose decoder starts from </s>
+    assert processor.batch_decode_new([answer], prompt) == ["red"]  # where generate was given inputs_embeds
+    assert processor.batch_decode_new([prompt[0] + [word("</s>"), word("on")]], prompt) == [""]
+    first = stage1_processor()
+    word = first.tokenizer.convert_tokens_to_ids
+    assert first.batch_decode_new([[word("[DEC]"), word("red"), word("[SEP]"), word("on")]]) == ["red"]
+
+
+def test_a_processor_that_does_not_fit_is_named():
+    model = stage2("opt", qformer={"vocab_size": 20, "bos_token_id": 19})
+    reader = stage2_processor(qformer_tokenizer=bert_tokenizer())
+    model.config.image_token_index = reader.image_token_id
+    model.check_processor(stage2_processor())
+    with pytest.raises(
+        ValueError, match=f"tokenizer has {len(bert_tokenizer())} tokens, the Q-Former's embedding 20 rows"
+    ):
+        model.check_processor(reader)
+    deaf = stage2("opt", qformer={"use_qformer_text_input": False})
+    deaf.config.image_token_index = reader.image_token_id
+    with pytest.raises(ValueError, match="has a Q-Former tokenizer, the Q-Former reads no text"):
+        deaf.check_processor(reader)
+    on = reader.tokenizer.convert_tokens_to_ids("on")
+    model.generation_config.pad_token_id = on
+    with pytest.raises(
+        ValueError, match=f"pad_token_id is 0 in the processor, {on} in the model, where it is no special"
+    ):
+        model.check_processor(stage2_processor())
+    model.generation_config.pad_token_id = None
+    model.check_processor(stage2_processor())

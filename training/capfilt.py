@@ -108,7 +108,7 @@ def sample_captions(
     }
     if is_stage1(model):
         ids = model.generate(**options)
-        texts = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = processor.batch_decode_new(ids)
     else:
         inputs = processor(images=images, text=[prompt] * batch, padding=True, return_tensors="pt").to(model.device)
         del inputs["pixel_values"]  # the tower has seen them

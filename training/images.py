@@ -10,11 +10,11 @@ from pathlib import Path
 
 import datasets
 import pyarrow.compute
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rows import Rows
 from tars import read_member
 
-from modeling_blip2x.processing_blip2x import upright
+from modeling_blip2x.images_blip2x import open_picture, rgb_image, why_unreadable
 
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB as RGB; what is larger counts as a decompression bomb
 ENDS = 4096  # bytes at either end of an embedded image that tell it from others of its length
@@ -84,28 +84,21 @@ def opened(value: dict | str | None, folder: Path | None) -> Iterator[Image.Imag
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # ours is the stricter limit
-            image = Image.open(source)
+            image = open_picture(source)
         with image:  # closes the file of one that cannot be decoded, too
             if image.width * image.height > MAX_PIXELS:
                 raise BadRow(f"decompression bomb: {image.width} x {image.height} pixels, more than {MAX_PIXELS}")
             yield image
     except BadRow:
         raise
-    except FileNotFoundError as error:
-        raise BadRow("the file is missing") from error
-    except UnidentifiedImageError as error:
-        size = source.stat().st_size if isinstance(source, Path) else len(source.getbuffer())
-        raise BadRow("no known image format" if size else "the file is empty") from error
-    except Image.DecompressionBombError as error:
-        raise BadRow(f"decompression bomb: {error}") from error
     except Exception as error:  # a damaged file can fail in any way
-        raise BadRow(f"{type(error).__name__}: {error}") from error
+        raise BadRow(why_unreadable(error, source)) from error
 
 
 def open_image(value: dict | str | None, folder: Path | None) -> Image.Image:
-    """The RGB image, the way up that its EXIF data says, as the processor turns it. Raises BadRow as `opened` does."""
+    """The upright RGB image, as the processor makes it. Raises BadRow as `opened` does."""
     with opened(value, folder) as image:
-        return upright(image).convert("RGB")
+        return rgb_image(image)
 
 
 def image_keys(images: datasets.Dataset | Rows, column: str, folder: Path | None) -> Iterator[str | BadRow]:

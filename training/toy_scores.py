@@ -14,6 +14,7 @@ from scenes import IMAGE_SIZE, QUESTION_TYPES
 from sources import load_rows
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
+from modeling_blip2x.images_blip2x import rgb_image
 
 DISTINCT_SCENES = 200  # how many a retrieval chooses among
 SHORTLIST = 16  # best by ITC that ITM ranks again
@@ -44,7 +45,7 @@ def score_generation(model_dir: str | Path, dataset: str | Path, split: str, see
     model = Blip2xForConditionalGeneration.from_pretrained(model_dir).eval()
     processor = Blip2xProcessor.from_pretrained(model_dir)
     rows = load_rows(str(dataset), split)
-    images = [row["image"].convert("RGB") for row in rows]
+    images = [rgb_image(row["image"]) for row in rows]
     captions = generate(model, processor, images, [row["prompt"][0] for row in rows.remove_columns("image")], 14)
     scores = {
         "caption": float(np.mean([text == row["caption"] for text, row in zip(captions, rows.remove_columns("image"))]))

@@ -11,6 +11,7 @@ from datasets import load_dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor  # importing registers them
+from modeling_blip2x.images_blip2x import rgb_image
 
 
 def answer(model: Blip2xForConditionalGeneration, processor: Blip2xProcessor, image, prompt: str) -> str:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     shown = []
     for index, row in enumerate(load_dataset(arguments.dataset, split=f"{arguments.split}[:{arguments.count}]")):
-        image = row["image"].convert("RGB")
+        image = rgb_image(row["image"])
         picture = output_dir / f"{arguments.split}_{index}.png"
         image.save(picture)
         caption = answer(model, processor, image, row["prompt"][0])

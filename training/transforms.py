@@ -6,7 +6,9 @@ import re
 
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
+
+from modeling_blip2x.images_blip2x import orientation_of, rgb_image
 
 PUNCTUATION = re.compile(r'[.!"()*#:;~]')
 WHITESPACE = re.compile(r"\s+")
@@ -49,15 +51,12 @@ def augment_image(image: Image.Image, size: tuple[int, int], rng: random.Random)
     A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size where the crop keeps twice `size`: with
     less, training would see sharper images than evaluation.
     """
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    width, height = reversed(image.size) if orientation >= 5 else image.size  # 5 and above: turned by 90 degrees
+    width, height = reversed(image.size) if orientation_of(image) >= 5 else image.size
     box = draw_crop(width, height, rng)
     smaller = min((box[2] - box[0]) // (2 * size[1]), (box[3] - box[1]) // (2 * size[0]))
     if smaller > 1:
         image.draft(None, (image.width // smaller, image.height // smaller))
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
-    image = image if image.mode == "RGB" else image.convert("RGB")
+    image = rgb_image(image)
     resized = resize_crop(image, [side * image.width / width for side in box], size)
     return resized.flip(-1) if rng.random() < 0.5 else resized
 

@@ -16,6 +16,7 @@ from metrics.exact_match.scores import exact_match
 from metrics.vqa_accuracy.scores import vqa_accuracy
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
+from modeling_blip2x.decoding_blip2x import decode_until
 
 CAPTION_TOKENS, ANSWER_TOKENS = 30, 10
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -59,7 +60,7 @@ def itg_writer(
         images = send_to_device(collate_images(items, collator.image_processor, collator.cropped), accelerator.device)
         with accelerator.autocast():
             ids = model.generate(**images, do_sample=False, **generation)
-        return [text.strip() for text in collator.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return decode_until(collator.tokenizer, ids.tolist(), collator.tokenizer.sep_token_id)
 
     return write
 

@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 from collators import collate_images, collate_prompts
-from images import upright
 from PIL import Image
 
 from evaluation.models import Checkpoint
+from modeling_blip2x.images_blip2x import rgb_image
 
 SPECIAL = 16  # tokens without a place (class, registers) that a tower may have at most
 
@@ -43,7 +43,7 @@ def grid_of(positions: int, height: int, width: int) -> tuple[int, int] | None:
 def seen_picture(checkpoint: Checkpoint, image: Image.Image) -> Image.Image:
     """The part of the picture that the model sees, in its own size: a centre crop where the processor crops."""
     processor = checkpoint.processor.image_processor
-    image = upright(image).convert("RGB")
+    image = rgb_image(image)
     if getattr(processor, "do_center_crop", False):
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2

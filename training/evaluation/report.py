@@ -15,6 +15,7 @@ from evaluation.cases import REFERENCES, choose_records, heading, image_label, s
 from evaluation.figures import figure_table, label, overall, published_figures, shown, sorted_notes
 from evaluation.models import Checkpoint
 from evaluation.samples import EvaluationSet
+from modeling_blip2x.images_blip2x import rgb_image
 
 QUERIES = 8
 PICTURE_SIDE = 320  # pixels of an embedded image
@@ -109,7 +110,7 @@ def card_of(record: dict, data: EvaluationSet, task: str) -> dict:
 
 def embedded(image: Image.Image) -> str:
     """A small JPEG as data URI."""
-    small = image.convert("RGB")
+    small = rgb_image(image)
     small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, "JPEG", quality=80)

@@ -1,0 +1,221 @@
+"""From texts, and the number of images in each, to the input_ids of a language model.
+
+    "<image> what is it ?"          image tokens, BOS, words        the order BLIP-2 was trained with
+    "look at <image> what is it ?"  BOS, words, image tokens, words
+
+The tokenizer lays out its own special tokens, whatever they are; each `<image>` becomes one token in between, which is
+then repeated for the Q queries of the image. Images that no word stands before come first of all.
+"""
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TruncationStrategy
+
+from .arguments_blip2x import OF_PROMPTS, refuse
+
+
+def list_texts(text: str | list, split_into_words: bool = False) -> list:
+    """A batch of texts, or of lists of words, from one or from any iterable of them. ValueError for anything else."""
+    if isinstance(text, str):
+        return [text]
+    if isinstance(text, (bytes, dict)) or not hasattr(text, "__iter__"):
+        raise ValueError(f"text must be a string or a list of strings, got {text!r} ({type(text).__name__}).")
+    texts = list(text)
+    if not texts:
+        raise ValueError("text is an empty list. Pass a text, or None for images alone.")
+    if split_into_words:
+        return [texts] if isinstance(texts[0], str) else texts
+    for number, one in enumerate(texts):
+        if not isinstance(one, str):
+            raise ValueError(
+                f"text must be a string or a list of strings, but text[{number}] got {one!r} ({type(one).__name__})."
+            )
+    return texts
+
+
+def encode_captions(tokenizer: PreTrainedTokenizerBase, texts: list, options: dict) -> dict[str, list]:
+    """Texts for the Q-Former of stage 1: the tokenizer with all its arguments."""
+    refuse(options, OF_PROMPTS)
+    # The model takes no token types.
+    arguments = {"return_token_type_ids": False} | {n: v for n, v in options.items() if n != "return_tensors"}
+    if isinstance(arguments.get("text_pair"), str):
+        arguments["text_pair"] = [arguments["text_pair"]]
+    return dict(tokenizer(texts, **arguments))
+
+
+def images_by_text(texts: list[str], images: list[list] | list, nested: bool, token: str, queries: int) -> list[int]:
+    """How many images each text has: by nested lists of them, by the `<image>`s in the texts, else one each.
+
+    Raises:
+        ValueError: images and texts, or a text's images and its `<image>`s, differ in number.
+    """
+    found = [text.count(token) for text in texts]
+    if nested:
+        if len(images) != len(texts):
+            raise ValueError(f"Got {len(images)} lists of images and {len(texts)} texts. Pass one list for each text.")
+        counts = [len(row) for row in images]
+    elif sum(found) == len(images):
+        counts = found
+    elif sum(found) == len(images) * queries and all(number % queries == 0 for number in found):
+        counts = [number // queries for number in found]  # laid out already
+    elif len(images) == len(texts):
+        counts = [1] * len(texts)
+    elif not images:
+        counts = [0] * len(texts)
+    else:
+        raise ValueError(
+            f"Got {len(images)} images and {len(texts)} texts. Pass one text for each image, as many {token} in the texts "
+            f"as images (there are {sum(found)}), or a list of images for each text."
+        )
+    for text, number, count in zip(texts, found, counts):
+        if number not in (0, count, count * queries):
+            raise ValueError(
+                f"The text has {number} {token} placeholders but there is {count} image(s) for it: {text!r}. Write {token} "
+                "once for each image, or leave it out: then the images go first."
+            )
+    return counts
+
+
+def cuts(options: dict) -> bool:
+    """Whether texts are cut, as in transformers: when asked, or by a max_length alone."""
+    truncation = options.get("truncation")
+    if truncation is None:
+        return options.get("max_length") is not None and not options.get("padding")
+    if truncation is True or truncation is False:
+        return truncation
+    if TruncationStrategy(truncation) is TruncationStrategy.ONLY_SECOND:
+        raise ValueError("truncation='only_second' is not supported here: a prompt is one text. Pass truncation=True.")
+    return TruncationStrategy(truncation) is not TruncationStrategy.DO_NOT_TRUNCATE
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], counts: list[int], token: str, queries: int, options: dict
+) -> dict[str, list]:
+    """input_ids, attention_mask and what else `options` ask for, each a list of rows; padded where they say so.
+
+    Args:
+        counts: images of each text, as `images_by_text` gives them. queries: image tokens of an image.
+        options: arguments of the text, without `NOT_OF_PROMPTS`. max_length counts image tokens too, but only words are ever cut.
+
+    Offsets are those of the text as given; image tokens have (0, 0), and 1 in the special tokens mask.
+    """
+    padding, multiple = options.get("padding", False), options.get("pad_to_multiple_of")
+    max_length, cut = options.get("max_length"), cuts(options)
+    longest = tokenizer.model_max_length if max_length is None else max_length
+    if cut and padding and multiple and max_length is not None and max_length % multiple:
+        raise ValueError(
+            f"max_length={max_length} is not a multiple of pad_to_multiple_of={multiple}, so texts that are cut to the one "
+            "cannot be padded to the other. Change one of them."
+        )
+    rows = []
+    for text, count in zip(texts, counts):
+        row, is_word = _encode(tokenizer, text, count, token, queries, options, warns=not cut)
+        rows.append(_cut(row, is_word, longest, tokenizer.truncation_side, count * queries) if cut else row)
+    batch = {name: [row[name] for row in rows] for name in rows[0]}
+    if padding:
+        _pad(tokenizer, batch, padding, None if cut and padding != "max_length" else max_length, multiple, options)
+    if options.get("return_attention_mask") is False:
+        del batch["attention_mask"]
+    if options.get("return_length"):
+        batch["length"] = [len(ids) for ids in batch["input_ids"]]
+    if options.get("return_mm_token_type_ids"):
+        image_id = tokenizer.convert_tokens_to_ids(token)
+        batch["mm_token_type_ids"] = [[int(number == image_id) for number in ids] for ids in batch["input_ids"]]
+    if options.get("return_text_replacement_offsets"):
+        batch["text_replacement_offsets"] = [[] for _ in rows]  # offsets are of the text as given: none has moved
+    return batch
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, images: int, token: str, queries: int, options: dict, warns: bool
+) -> tuple[dict[str, list], list[bool]]:
+    """One prompt of any length, column by column, and which of its tokens are words."""
+    found = text.count(token)
+    copies = 1 if found == images * queries else queries  # laid out already, or one `<image>` for each image
+    start = re.match(rf"(?:\s*{re.escape(token)})+", text)
+    leading = images if not found else start.group().count(token) if start else 0
+    begin = start.end() if start else 0
+    row = tokenizer(
+        text[begin:],
+        add_special_tokens=options.get("add_special_tokens", True),
+        return_special_tokens_mask=True,
+        return_token_type_ids=bool(options.get("return_token_type_ids")),
+        return_offsets_mapping=bool(options.get("return_offsets_mapping")),
+        verbose=warns and options.get("verbose", True),
+    )
+    image_id = tokenizer.convert_tokens_to_ids(token)
+    source = [None] * leading * (queries if not found else copies)  # places in `row`; None is an image token
+    for place, number in enumerate(row["input_ids"]):
+        source += [None] * copies if number == image_id else [place]
+    special = row["special_tokens_mask"]
+    columns = {
+        "input_ids": [image_id if place is None else row["input_ids"][place] for place in source],
+        "attention_mask": [1] * len(source),
+    }
+    if options.get("return_token_type_ids"):
+        columns["token_type_ids"] = [0 if place is None else row["token_type_ids"][place] for place in source]
+    if options.get("return_special_tokens_mask"):
+        columns["special_tokens_mask"] = [1 if place is None else special[place] for place in source]
+    if options.get("return_offsets_mapping"):
+        spans = [(0, 0) if place is None else row["offset_mapping"][place] for place in source]
+        columns["offset_mapping"] = [(a + begin, b + begin) if b > a else (0, 0) for a, b in spans]
+    return columns, [place is not None and not special[place] for place in source]
+
+
+def _cut(row: dict[str, list], is_word: list[bool], longest: int, side: str, image_tokens: int) -> dict[str, list]:
+    """Without the last words (side "right") or the first ones, so that at most `longest` tokens are left."""
+    excess = len(is_word) - longest
+    if excess <= 0:
+        return row
+    words = [place for place, word in enumerate(is_word) if word]
+    if excess > len(words):
+        kept = len(is_word) - len(words)
+        raise ValueError(
+            f"max_length={longest} has no room for the {image_tokens} image tokens and {kept - image_tokens} special tokens. "
+            f"Set max_length to at least {kept} plus the length of the text."
+        )
+    dropped = set(words[:excess] if side == "left" else words[-excess:])
+    return {name: [v for place, v in enumerate(values) if place not in dropped] for name, values in row.items()}
+
+
+def _pad(
+    tokenizer: PreTrainedTokenizerBase, batch: dict, padding: object, length: int | None, multiple: int, options: dict
+) -> None:
+    """Pad the columns of a batch in place."""
+    side = options.get("padding_side") or tokenizer.padding_side
+    offsets = batch.pop("offset_mapping", None)  # the tokenizer pads only what it knows
+    lengths = {"padding": padding, "max_length": length, "pad_to_multiple_of": multiple}
+    batch.update(tokenizer.pad(dict(batch), padding_side=side, verbose=options.get("verbose", True), **lengths))
+    if offsets is not None:
+        missing = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(batch["input_ids"], offsets)]
+        batch["offset_mapping"] = [pad + row if side == "left" else row + pad for pad, row in zip(missing, offsets)]
+
+
+def encode_for_qformer(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], counts: list[int], token: str, options: dict
+) -> dict[str, list]:
+    """qformer_input_ids and qformer_attention_mask, a row for each image: the text it stands in, without `<image>`.
+
+    Cut and padded as the prompt is, but on the right, with its own special tokens, and never to more than its tokenizer's
+    model_max_length. max_length counts its own tokens alone.
+    """
+    plain = [text.replace(token, " ").strip() for text, count in zip(texts, counts) for _ in range(count)]
+    padding, cut, max_length = options.get("padding", False), cuts(options), options.get("max_length")
+    if max_length is not None:
+        max_length = min(max_length, tokenizer.model_max_length) if cut or padding == "max_length" else None
+    encoded = tokenizer(
+        plain,
+        padding=padding,
+        padding_side="right",
+        truncation=cut,
+        max_length=max_length,
+        pad_to_multiple_of=options.get("pad_to_multiple_of"),
+        return_token_type_ids=False,
+        return_attention_mask=True,
+        verbose=options.get("verbose", True),
+    )
+    columns = {"qformer_input_ids": encoded["input_ids"], "qformer_attention_mask": encoded["attention_mask"]}
+    if options.get("return_attention_mask") is False:
+        del columns["qformer_attention_mask"]
+    return columns
