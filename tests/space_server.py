@@ -108,15 +108,17 @@ def copy_of_the_app(folder: Path) -> Path:
 
 
 def hold_first_generation(class_, held: Callable[[], object] = lambda: None) -> Callable:
-    """A __call__ for work.StopWhenTold: the first generation goes on after its fifth token only when it is told to stop.
+    """A __call__ for work.StopWhenTold: the first generation of a request ends, after its fifth token, only when it is told
+    to stop. (The examples' captions, made before the page is there, are written in the main thread.)
 
     held: called when it has come to its fifth token.
     """
     told, tokens, first = class_.__call__, [], []
 
     def call(self, *arguments, **named):
-        first[:] = first or [self]
-        if first[0] is self:
+        if threading.current_thread() is not threading.main_thread() and not first:
+            first.append(self)
+        if self in first:
             tokens.append(1)
             if len(tokens) == 5:
                 held()

@@ -85,28 +85,23 @@ def test_wrong_options_are_refused_in_a_line(capsys, monkeypatch):
             app.launch(page, "127.0.0.1", port, wait=False)
 
 
-def test_a_quickstart_output_is_found(tmp_path, monkeypatch, loaded):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(space_models, "__file__", str(tmp_path / "space_app" / "models.py"))
+def test_the_quickstart_output_of_the_clone_is_found_and_no_other(tmp_path, monkeypatch):
+    def put(root):
+        folders = [root / "runs" / "quickstart" / stage for stage in ("stage2", "stage1")]
+        for folder in folders:
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text("{}")
+        return [str(folder) for folder in folders]
+
+    put(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(space_models, "__file__", str(tmp_path / "clone" / "space_app" / "models.py"))
     with pytest.raises(ValueError, match="make demo"):
         space_models.find_checkpoints([])
-    for stage in ("stage1", "stage2"):
-        (tmp_path / "runs" / "quickstart" / stage).mkdir(parents=True)
-        (tmp_path / "runs" / "quickstart" / stage / "config.json").write_text("{}")
-    found = [str(tmp_path / "runs" / "quickstart" / stage) for stage in ("stage2", "stage1")]
-    assert space_models.find_checkpoints([]) == found
     assert space_models.find_checkpoints(["runs/quickstart"]) == [f"runs/quickstart/{s}" for s in ("stage2", "stage1")]
     assert space_models.find_checkpoints(["someone/model"]) == ["someone/model"]
-
-
-def test_half_precision_serves_all_tabs(loaded, pictures):
-    half = space_models.load_models([part.source for part in loaded.parts], "cpu", "bfloat16")
-    assert answered(half, pictures[0], "what is it ?", [], Settings(num_beams=1))[0]
-    scores = matching.match(half, pictures, TEXTS, NEVER, silent)
-    assert torch.tensor(scores["itc"]).allclose(
-        torch.tensor(matching.match(loaded, pictures, TEXTS, NEVER, silent)["itc"]), atol=0.05
-    )
-    assert attention.query_maps(half.speaker, pictures[0], None, None).isfinite().all()
+    ours = put(tmp_path / "clone")
+    assert space_models.find_checkpoints([]) == ours
 
 
 def test_the_tower_sees_a_picture_once(loaded, pictures):
@@ -265,8 +260,9 @@ def test_maps_are_the_models_cross_attention(loaded, pictures, which):
     part = getattr(loaded, which)
     maps = attention.query_maps(part, pictures[0], 2, 1)
     pixels = part.processor.image_processor(pictures[0], return_tensors="pt")["pixel_values"]
-    features = part.model.get_image_features(pixels, output_attentions=True).qformer_outputs
-    weights = features.cross_attentions[1][0, 1, :, 1:]  # without the class token
+    tower = part.model.get_image_features(pixels).last_hidden_state
+    queries = part.model.get_image_features(vision_embeds=tower, output_attentions=True).qformer_outputs
+    weights = queries.cross_attentions[1][0, 1, :, 1:]  # without the class token
     assert maps.shape == (6, 2, 2)
     assert torch.allclose(maps.flatten(1), weights / weights.sum(-1, keepdim=True), atol=1e-6)
     average = attention.query_maps(part, pictures[0], None, None)

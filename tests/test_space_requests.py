@@ -113,14 +113,16 @@ def test_only_files_that_were_uploaded_are_opened(tmp_path, monkeypatch):
     ours, theirs = saved(cache, "ours.png", image("red")), saved(tmp_path, "theirs.png", image("blue"))
     (cache / "link.png").symlink_to(theirs)
     assert uploads.open_image({"path": str(ours)}).getpixel((5, 5)) == image("red").getpixel((5, 5))
-    for path in (theirs, cache / ".." / "theirs.png", cache / "link.png", tmp_path / "uploads_too" / "a.png", 7, None):
+    elsewhere = (theirs, cache / ".." / "theirs.png", cache / "link.png", tmp_path / "uploads_too" / "a.png")
+    for path in (*map(str, elsewhere), 7, None, "", "a\0b"):
         with pytest.raises(Mistake, match="are not opened"):
-            uploads.open_image({"path": path if path in (7, None) else str(path)})
+            uploads.open_image({"path": path})
     for wrong in ("photo.jpg", 7, []):
         with pytest.raises(Mistake, match="are not opened"):
             uploads.open_image(wrong)
-    with pytest.raises(Mistake, match="no longer here"):  # the cache is swept
-        uploads.open_image({"path": str(cache / "gone.png")})
+    for gone in ("gone.png", "a" * 5000):  # the cache is swept
+        with pytest.raises(Mistake, match="no longer here"):
+            uploads.open_image({"path": str(cache / gone)})
     with pytest.raises(Mistake, match="as a file, not as a data address"):
         uploads.open_image({"path": str(ours), "url": "data:image/png;base64,AAAA"})
     with pytest.raises(Mistake, match="There is no picture"):
