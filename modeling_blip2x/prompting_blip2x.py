@@ -15,7 +15,6 @@ from .outputs_blip2x import Blip2xImageFeatures
 from .vision_blip2x import with_eager_attention
 
 
-
 def repeat_rows(value: torch.Tensor | tuple, copies: int) -> torch.Tensor | tuple:
     """Each row of a tensor, or of the tensors in a tuple, `copies` times, one after the other."""
     if isinstance(value, tuple):
