@@ -14,17 +14,12 @@ LIBRARY = [
     (
         "transformers.PreTrainedConfig._attn_implementation",
         None,
-        "the Q-Former attends by what the user chose; the tower's is set to eager to see its maps",
+        "the Q-Former attends by what the user chose",
     ),
     (
         "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface",
         ("attn_implementation", "default"),
         "the Q-Former's attention by sdpa, flash or eager",
-    ),
-    (
-        "transformers.PreTrainedModel._from_config",
-        ("config", "kwargs"),
-        "Q-Former and BLIP-2's own tower are built with the precision and attention asked for",
     ),
     (
         "transformers.PreTrainedModel._init_weights",
@@ -50,21 +45,22 @@ LIBRARY = [
         "weights that came from other checkpoints are not drawn anew",
     ),
     (
-        "transformers.GenerationConfig._get_default_generation_params",
+        "transformers.PreTrainedModel._keep_in_fp32_modules",
+        None,
+        "narrow layers that quantisation and float16 leave alone",
+    ),
+    (
+        "transformers.utils.output_capturing._hook_installation_lock",
+        None,
+        "an eager view of a model gets all of the hooks that record weights, or none, while other threads call it",
+    ),
+    (
+        "torch.nn.Module._get_name",
         (),
-        "generation settings in a config are told from misspelt fields",
+        "Trainer shifts labels for label smoothing where it knows this name as a causal model's",
     ),
+    ("accelerate.hooks:_hf_hook", None, "stage 1 in chunks reads the temperature of an offloaded model"),
     ("transformers.configuration_utils.SubConfigSpec", None, "how a config declares its sub-configs"),
-    (
-        "transformers.ProcessorMixin._merge_kwargs",
-        ("ModelProcessorKwargs", "tokenizer_init_kwargs", "kwargs"),
-        "arguments of a call go to tokenizer and image processor",
-    ),
-    (
-        "transformers.ProcessorMixin._get_arguments_from_pretrained",
-        ("pretrained_model_name_or_path", "processor_dict", "kwargs"),
-        "the Q-Former's tokenizer loads from its own folder",
-    ),
     (
         "transformers.dynamic_module_utils.get_relative_import_files",
         ("module_file",),
@@ -126,7 +122,7 @@ SPACE = [
     (
         "gradio.Blocks.preprocess_data",
         ("block_fn", "inputs", "state", "explicit_call"),
-        "a value that no component can read becomes a sentence on the page, and no address is fetched",
+        "an address is refused before Gradio downloads it; a request that cannot be read is answered in words",
     ),
 ]
 
