@@ -45,7 +45,7 @@ test-latest test-oldest: export PIP_CONSTRAINT = $(CURDIR)/constraints-$*.txt
 test-latest test-oldest: test-%:
 	rm -rf .venv-$*
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/pip install -qq --editable '.[train,eval,quantize]' pytest pytest-xdist
+	.venv-$*/bin/pip install -qq --editable '.[test-library]'
 	$(if $(TRY),.venv-$*/bin/pip install -qq $(TRY))
 	@.venv-$*/bin/pip freeze --exclude-editable | grep -iE '^(torch|transformers|accelerate|datasets|peft|huggingface.hub|pillow)='
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRY='$(TRY)' .venv-$*/bin/python -m pytest -n 2 --dist loadfile --durations 10 \

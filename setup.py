@@ -31,7 +31,15 @@ EVAL = ["evaluate>=0.4.6", "matplotlib>=3.10.0", "jinja2>=3.1.0"]
 SPACE = ["gradio>=6.31.0,<7", "psutil>=7.0.0"]
 QUANTIZE = ["bitsandbytes>=0.50.0,<1"]  # 4- and 8-bit language models
 BROWSER = ["playwright>=1.65.0", "axe-playwright-python>=0.1.8"]
-TEST = [*TRAIN, *EVAL, *QUANTIZE, *SPACE, *BROWSER, "pytest>=9.0.0", "pytest-xdist>=3.8.0", "ruff>=0.17.0"]
+PYTEST = ["pytest>=9.0.0", "pytest-xdist>=3.8.0"]
+USERS = [
+    "trl>=1.16.0",
+    "onnx>=1.23.0",
+    "onnxscript>=0.7.0",
+    "onnxruntime>=1.32.0",
+]  # tests do with our models what theirs do
+TEST_LIBRARY = [*TRAIN, *EVAL, *QUANTIZE, *USERS, *PYTEST]
+TEST = [*TEST_LIBRARY, *SPACE, *BROWSER, "ruff>=0.17.0"]
 
 setup(
     name="blip2x",
@@ -43,6 +51,13 @@ setup(
     python_requires=">=3.10",
     packages=["modeling_blip2x"],
     install_requires=CORE,
-    extras_require={"train": TRAIN, "eval": EVAL, "space": SPACE, "quantize": QUANTIZE, "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "space": SPACE,
+        "quantize": QUANTIZE,
+        "test-library": TEST_LIBRARY,
+        "test": TEST,
+    },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
 )

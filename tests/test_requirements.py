@@ -11,7 +11,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("CORE", "TRAIN", "EVAL", "SPACE", "QUANTIZE")
-# Tested beyond constraints.txt, as README says: gradio takes no Pillow above 12, and newer torch has CUDA builds only here.
+# Tested beyond constraints.txt, as README says: gradio, which is in constraints.txt, takes no Pillow above 12.
 BEYOND = {"pillow"}
 
 
