@@ -4,100 +4,33 @@ import base64
 import io
 import os
 import random
-import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
 import torch
 import transforms
-import uploads
 from cache_features import Views
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from evaluation.report import embedded
 from evaluation.samples import EvaluationSet
 from images import BadRow, open_image, opened
-from mistakes import Mistake
+from picture_files import (
+    EVERYWHERE,
+    HIDDEN_LEFT,
+    LEFT_OUT_OF_THE_SPACE,
+    PLAIN,
+    RIGHT,
+    WHITE,
+    both,
+    encoded,
+    halves,
+)
 from PIL import Image
-from tiny import SIZE, image_processor
+from tiny import image_processor
 
 from modeling_blip2x.images_blip2x import FORMATS, orientation_of, rgb_image
-
-GREY = 100
-SIZES = (SIZE, SIZE)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def raw_png(colour: int, bits: int, row: bytes, hidden: bytes = b"") -> bytes:
-    """A PNG of 2 x 1 pixels of a kind that PIL does not write."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0))
-    body = (chunk(b"tRNS", hidden) if hidden else b"") + chunk(b"IDAT", zlib.compress(b"\0" + row))
-    return b"\x89PNG\r\n\x1a\n" + head + body + chunk(b"IEND", b"")
-
-
-def palette_image() -> Image.Image:
-    """Left half entry 0 (1, 2, 3), right half entry 1 (200, 100, 50)."""
-    image = Image.new("P", SIZES, 0)
-    image.putpalette([1, 2, 3, 200, 100, 50])
-    image.paste(1, (SIZE // 2, 0, SIZE, SIZE))
-    return image
-
-
-def halves(mode: str, left, right) -> Image.Image:
-    image = Image.new(mode, SIZES, left)
-    image.paste(right, (SIZE // 2, 0, SIZE, SIZE))
-    return image
-
-
-def both(image) -> tuple:
-    """The colours of the left and the right edge."""
-    return image.getpixel((0, 0)), image.getpixel((image.width - 1, 0))
-
-
-WHITE = (255, 255, 255)
-RIGHT = (200, 100, 50)
-HIDDEN_LEFT = {  # files whose left half is transparent over some dark colour; what their right half shows
-    "rgba.png": (encoded(halves("RGBA", (9, 9, 9, 0), (*RIGHT, 255))), RIGHT),
-    "la.png": (encoded(halves("LA", (9, 0), (70, 255))), (70, 70, 70)),
-    "palette.png": (encoded(palette_image(), transparency=0), RIGHT),
-    "palette_bytes.png": (encoded(palette_image(), transparency=b"\x00\x80"), (227, 177, 152)),
-    "rgb_key.png": (encoded(halves("RGB", (9, 9, 9), RIGHT), transparency=(9, 9, 9)), RIGHT),
-    "grey_key.png": (encoded(halves("L", 9, 70), transparency=9), (70, 70, 70)),
-    "one_bit_key.png": (encoded(halves("1", 0, 1), transparency=0), WHITE),
-    "grey16_key.png": (encoded(halves("I;16", 9 * 257, 70 * 257), transparency=9 * 257), (70, 70, 70)),
-    "rgba.webp": (encoded(halves("RGBA", (9, 9, 9, 0), (*RIGHT, 255)), "WEBP", lossless=True), RIGHT),
-    "palette.gif": (encoded(palette_image(), "GIF", transparency=0), RIGHT),
-    "rgb16_key.png": (
-        raw_png(2, 16, struct.pack(">6H", 2570, 2570, 2570, 51400, 25700, 12850), b"\x0a\x0a" * 3),
-        RIGHT,
-    ),
-    "rgba16.png": (raw_png(6, 16, struct.pack(">8H", 9, 9, 9, 0, 51400, 25700, 12850, 65535)), RIGHT),
-}
-PLAIN = {  # files without transparency; left and right colour
-    "rgb.png": (encoded(halves("RGB", (9, 8, 7), RIGHT)), (9, 8, 7), RIGHT),
-    "grey.bmp": (encoded(halves("L", 9, 70), "BMP"), (9, 9, 9), (70, 70, 70)),
-    "rgb.bmp": (encoded(halves("RGB", (9, 8, 7), RIGHT), "BMP"), (9, 8, 7), RIGHT),
-    "one_bit.png": (encoded(halves("1", 0, 1)), (0, 0, 0), WHITE),
-    "palette.png": (encoded(palette_image()), (1, 2, 3), RIGHT),
-    "grey16.png": (encoded(halves("I;16", GREY * 257, 65535)), (GREY,) * 3, WHITE),
-}
-LEFT_OUT_OF_THE_SPACE = {  # formats that uploads do not take
-    "grey16.tiff": (encoded(halves("I;16", GREY * 257, 65535), "TIFF"), (GREY,) * 3, WHITE),
-    "floats.tiff": (encoded(halves("F", 0.4, 1.0), "TIFF"), (102,) * 3, WHITE),
-    "cmyk.tiff": (encoded(halves("CMYK", (0, 155, 205, 0), (55, 155, 205, 0)), "TIFF"), (255, 100, 50), RIGHT),
-    "grey16.pgm": (b"P5 2 1 65535\n" + struct.pack(">2H", GREY * 257, 65535), (GREY,) * 3, WHITE),
-}
 
 
 @pytest.mark.parametrize("name", HIDDEN_LEFT)
@@ -308,7 +241,7 @@ def test_every_orientation_is_turned_once(mode, kind):
         assert np.array_equal(rgb_image(shown), shown), "turned again"
 
 
-def test_damaged_exif_turns_nothing(tmp_path):
+def test_damaged_exif_turns_nothing():
     exif = Image.Exif()
     exif[0x0112] = 9  # 1 to 8 are defined
     for data in (b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01", exif.tobytes()):
@@ -317,8 +250,6 @@ def test_damaged_exif_turns_nothing(tmp_path):
             warnings.simplefilter("ignore")  # PIL's
             assert orientation_of(Image.open(io.BytesIO(content))) == 1
             assert np.array_equal(rgb_image(content), PIXELS)
-            (tmp_path / "damaged.png").write_bytes(content)
-            assert np.array_equal(uploads.open_upload(tmp_path / "damaged.png"), PIXELS)
 
 
 def test_ordinary_photos_keep_every_bit():
@@ -326,9 +257,6 @@ def test_ordinary_photos_keep_every_bit():
     for kind, options in (("JPEG", {}), ("PNG", {}), ("WEBP", {}), ("BMP", {}), ("GIF", {})):
         content = encoded(noise, kind, **options)
         assert np.array_equal(rgb_image(content), Image.open(io.BytesIO(content)).convert("RGB"))
-
-
-EVERYWHERE = {name: content for name, (content, *_) in (HIDDEN_LEFT | PLAIN).items()}
 
 
 @pytest.fixture(scope="module")
@@ -363,36 +291,7 @@ def test_training_cache_and_evaluation_see_the_same_pixels(files, name, monkeypa
     assert fault == "" and torch.equal(pixels, image_processor()(images=[expected], return_tensors="pt").pixel_values)
 
 
-@pytest.mark.parametrize("name", EVERYWHERE)
-def test_the_space_sees_the_same_pixels(files, name):
-    assert np.array_equal(uploads.open_upload(files / name), rgb_image(files / name))
-
-
 def test_the_report_shows_white_too():
     uri = embedded(Image.open(io.BytesIO(HIDDEN_LEFT["rgba.png"][0])))
     left, right = both(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
     assert left == WHITE and np.abs(np.subtract(right, RIGHT)).max() < 6  # a JPEG
-
-
-def test_the_space_shrinks_colours_not_palette_entries_or_hidden_ones(tmp_path):
-    """Stripes of one pixel become their mean; a border to transparent black has no dark rim."""
-    stripes = np.tile(np.array([0, 1], np.uint8), (64, 1100))
-    palette = Image.fromarray(stripes).convert("P")
-    palette.putpalette([0, 0, 0, 200, 200, 200])
-    palette.save(tmp_path / "palette.png")
-    Image.fromarray(stripes.astype(np.uint16) * 200 * 257).save(tmp_path / "grey16.png")
-    for name in ("palette.png", "grey16.png"):
-        shown = np.asarray(uploads.open_upload(tmp_path / name))
-        assert shown.shape[1] == 1024 and abs(shown.mean() - 100) < 2 and np.abs(shown.astype(int) - 100).max() < 60, (
-            name
-        )
-    clear = Image.new("RGBA", (2200, 64), (0, 0, 0, 0))
-    clear.paste(WHITE + (255,), (1101, 0, 2200, 64))
-    clear.save(tmp_path / "clear.png")
-    assert np.asarray(uploads.open_upload(tmp_path / "clear.png")).min() == 255
-
-
-def test_the_space_says_what_it_cannot_show(tmp_path):
-    Image.new("I;16", (9, 9), 200).save(tmp_path / "dark.png")
-    with pytest.raises(Mistake, match="all but black"):
-        uploads.open_upload(tmp_path / "dark.png")

@@ -7,6 +7,7 @@ this string in its source. A row goes with its use; where there is a public way,
 
 import importlib
 import inspect
+import re
 
 import pytest
 
@@ -132,6 +133,7 @@ ROWS = {f"{area}: {row[0]}": row for area, rows in AREAS.items() for row in rows
 
 @pytest.mark.parametrize("dotted, parameters, used_for", ROWS.values(), ids=ROWS)
 def test_name_and_signature_are_those_we_lean_on(dotted, parameters, used_for):
+    pytest.importorskip(re.split("[.:]", dotted)[0])  # gradio is not in every environment of the releases
     found = find(dotted)
     assert found is not None, f"{dotted} is gone. It is used for this: {used_for}."
     if parameters is not None:
