@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
 from .distributed_blip2x import batch_sizes, fetch_rows, global_share, global_sum, rank
-from .losses_blip2x import image_text_similarity, itc_loss, itg_sum, itm_pairs, itm_sums
+from .losses_blip2x import image_text_similarity, itg_sum, itm_pairs, itm_sums
 from .outputs_blip2x import Blip2xForPreTrainingOutput, Blip2xTextFeatures, EncodedPairs
 from .pretraining_blip2x import Blip2xForPreTraining
 
@@ -107,11 +107,11 @@ def chunked_backward(
             similarity=lambda images, texts: _similarity_in_chunks(images, texts, chunk_size),
         )
         if "itc" in objectives:
-            loss_itc = itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
-            leaves = [images, texts] + [model.temperature] * model.temperature.requires_grad
-            feature_gradients = torch.autograd.grad(loss_itc, leaves)
-            for gradient in feature_gradients[2:]:
-                backward((model.temperature * gradient).sum())
+            loss_itc = model.itc_loss(contrast)
+            scales = [one for one in (model.temperature, model.itc_bias) if one is not None and one.requires_grad]
+            feature_gradients = torch.autograd.grad(loss_itc, [images, texts, *scales])
+            for scale, gradient in zip(scales, feature_gradients[2:]):
+                backward((scale * gradient).sum())
             means["loss_itc"] = loss_itc.detach()
         temperature = model.temperature.detach()[0]
 

@@ -40,6 +40,9 @@ def _mobilenet_width(config: PreTrainedConfig) -> int:
     return rounded + divisor if rounded < 0.9 * width else rounded
 
 
+OBJECTIVES = ("itc", "itm", "itg")  # of stage 1 (paper, section 3.2); each is a loss_NAME of the model's output
+ITC_LOSSES = ("softmax", "sigmoid")
+
 # Keys that transformers itself writes into config.json or passes to a config, besides its fields.
 KEYS_OF_TRANSFORMERS = {"model_type", "architectures", "transformers_version", "auto_map", "name_or_path"} | {
     "torch_dtype", "attn_implementation", "experts_implementation", "num_labels", "is_encoder_decoder", "quantization_config"
@@ -126,6 +129,7 @@ class Blip2xConfig(PreTrainedConfig):
     vision_feature_layer: which hidden state of the tower is used; -1 is its output, -2 the layer before (CLIP ViT-L).
     vision_layer_norm_eps: epsilon of `ln_vision`, the trained LayerNorm on the image features.
     objectives: losses of stage 1 that are trained; the paper's three by default.
+    itc_loss: softmax over the batch (the paper), or a sigmoid for each pair (SigLIP), which adds a learned bias.
     interpolate_pos_encoding: images are of another size than the tower was trained at, as in fine-tuning at 364 pixels:
         its position embeddings are always interpolated.
     prompt_template: the template the model was tuned with, for example `Question: {} Answer:`; None for plain captions.
@@ -150,7 +154,8 @@ class Blip2xConfig(PreTrainedConfig):
     vision_layer_norm_eps: float = 1e-5
     interpolate_pos_encoding: bool = False
     prompt_template: str | None = None
-    objectives: list[str] | tuple[str, ...] = ("itc", "itm", "itg")
+    objectives: list[str] | tuple[str, ...] = OBJECTIVES
+    itc_loss: str = "softmax"
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -162,9 +167,10 @@ class Blip2xConfig(PreTrainedConfig):
             self.text_config.decoder_start_token_id = self.text_config.pad_token_id  # as T5 starts its decoder
         if self.vision_config.model_type == "blip_2_vision_model" and self.vision_config.initializer_range < 1e-6:
             self.vision_config.initializer_range = 0.02  # transformers' default of 1e-10 makes a random tower constant
-        wrong = [name for name in self.objectives if name not in ("itc", "itm", "itg")]
-        if wrong or not self.objectives:
-            raise ValueError(f"objectives must name some of itc, itm, itg, got {list(self.objectives)}.")
+        if not self.objectives or not set(self.objectives) <= set(OBJECTIVES):
+            raise ValueError(f"objectives must name some of {', '.join(OBJECTIVES)}, got {list(self.objectives)}.")
+        if self.itc_loss not in ITC_LOSSES:
+            raise ValueError(f"itc_loss is {self.itc_loss!r}; choose from {', '.join(ITC_LOSSES)}.")
         if self.num_query_tokens < 1:
             raise ValueError(f"num_query_tokens must be at least 1, got {self.num_query_tokens}.")
 

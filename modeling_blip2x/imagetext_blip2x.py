@@ -19,9 +19,11 @@ from .losses_blip2x import (
     ItmPairs,
     draw_hard_negatives,
     image_text_similarity,
+    itc_loss,
     itm_loss,
     itm_pairs,
     positive_pairs,
+    sigmoid_itc_loss,
     uniform_numbers,
 )
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
@@ -37,6 +39,7 @@ from .outputs_blip2x import (
 from .qformer_blip2x import KeyValues, in_own_dtype, select_images
 
 TEMPERATURE = 0.07  # start of the learned ITC temperature (section 3.2)
+SIGMOID_BIAS = -10.0  # start of the learned bias of sigmoid ITC (SigLIP)
 PAIRS_TOGETHER = 64  # of ITM where images are shared: few enough to be of about one length, enough to fill a GPU
 SMALLEST_TEMPERATURE = 1e-3  # a learned divisor must not reach zero
 
@@ -80,6 +83,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         self.itm_head = nn.Linear(width, 2)
         self.itg_head = ItgHead(config.qformer_config)
         self.temperature = nn.Parameter(torch.empty(1))  # one element, not a scalar: FSDP2 cannot shard scalars
+        self.itc_bias = nn.Parameter(torch.empty(1)) if config.itc_loss == "sigmoid" else None
         self.post_init()
 
     @torch.no_grad()
@@ -89,6 +93,8 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
             init.zeros_(module.bias)
         if isinstance(module, Blip2xImageTextModel):
             init.constant_(module.temperature, TEMPERATURE)
+            if module.itc_bias is not None:
+                init.constant_(module.itc_bias, SIGMOID_BIAS)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
@@ -330,6 +336,12 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
             contrast.text.hidden_states = chosen_hidden_states(pairs.text.hidden_states, output_hidden_states)
             contrast.text.attentions = pairs.text.attentions if output_attentions else None
         return contrast
+
+    def itc_loss(self, contrast: Contrast) -> torch.Tensor:
+        """ITC over the global batch, by the softmax of the paper or by SigLIP's sigmoid."""
+        if self.itc_bias is not None:
+            return sigmoid_itc_loss(contrast.logits_per_image, contrast.positives, self.itc_bias)
+        return itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
 
     def features_of(self, pairs: EncodedPairs) -> tuple[torch.Tensor, Blip2xTextFeatures]:
         """Unit-norm features of encoded images (B, Q, P), and of their texts (B, P) in `pooler_output`."""

@@ -39,6 +39,18 @@ def itc_loss(logits_per_image: torch.Tensor, logits_per_text: torch.Tensor, posi
     return global_mean((image_side + text_side) / 2, len(targets))
 
 
+def sigmoid_itc_loss(logits_per_image: torch.Tensor, positives: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """ITC by a sigmoid for each pair (Zhai et al. 2023, SigLIP, equation 1): is this the text of that image, yes or no?
+
+    logits_per_image (B, N): cosine / temperature of this process's images with all texts: every pair of the global batch
+    is on one process. positives (B, N). bias (1,): learned; most pairs are negatives, and it starts there. A pair's
+    terms are added up over the texts, and are a mean over the images.
+    """
+    signs = torch.where(positives, 1.0, -1.0)
+    total = -F.logsigmoid(signs * (logits_per_image.float() + bias.float())).sum()
+    return global_mean(total, len(positives))
+
+
 def draw_hard_negatives(logits: torch.Tensor, positives: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """For each row one column that is no positive, drawn with probability softmax(logits) (section 3.2, ITM).
 

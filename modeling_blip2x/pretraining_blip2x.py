@@ -16,9 +16,9 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from .building_blip2x import build_pretraining
-from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
+from .configuration_blip2x import Blip2xQFormerConfig
 from .imagetext_blip2x import Blip2xImageTextModel, ItgHead
-from .losses_blip2x import itc_loss, itg_loss
+from .losses_blip2x import itg_loss
 from .outputs_blip2x import Blip2xForPreTrainingOutput, EncodedPairs
 from .qformer_blip2x import QFormer
 
@@ -39,6 +39,7 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
         image_text_hidden_size: int = 256,
         vision_feature_layer: int = -1,
         objectives: list[str] | None = None,
+        itc_loss: str = "softmax",
     ) -> "Blip2xForPreTraining":
         """Stage-1 model around a vision tower.
 
@@ -50,6 +51,7 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             tokenizer: the Q-Former's, [DEC] included (`processor.tokenizer`): sets and checks vocabulary and special ids.
             vision_feature_layer: hidden state of the tower to use; -1 its output, -2 the layer before.
             objectives: any of itc, itm, itg; all by default.
+            itc_loss: softmax (the paper) or sigmoid (SigLIP).
         """
         return build_pretraining(
             cls,
@@ -59,6 +61,7 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             num_query_tokens=num_query_tokens,
             image_text_hidden_size=image_text_hidden_size,
             vision_feature_layer=vision_feature_layer,
+            itc_loss=itc_loss,
             **({} if objectives is None else {"objectives": objectives}),
         )
 
@@ -109,12 +112,12 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
         contrast = self.contrast(pairs, image_ids, *options)
         losses = {}
         if "itc" in self.config.objectives:
-            losses["loss_itc"] = itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
+            losses["loss_itc"] = self.itc_loss(contrast)
         itm_accuracy = None
         if "itm" in self.config.objectives:
             losses["loss_itm"], itm_accuracy = self.match(pairs, contrast, negative_seed, negative_hardness)
         if "itg" in self.config.objectives:
-            losses["loss_itg"] = self.generate_text_loss(pairs)
+            losses["loss_itg"] = itg_loss(*self.text_logits(pairs))
         output = Blip2xForPreTrainingOutput(
             loss=sum(losses.values()),
             **losses,
@@ -126,10 +129,6 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
-
-    def generate_text_loss(self, pairs: EncodedPairs) -> torch.Tensor:
-        """ITG: text after [DEC], given the queries."""
-        return itg_loss(*self.text_logits(pairs))
 
     def decoder_ids(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """input_ids (B, L) with [DEC] for [CLS]; None where ITG is not an objective."""
@@ -229,4 +228,4 @@ class ItgDecoder(PreTrainedModel, GenerationMixin):
         }
 
 
-__all__ = ["Blip2xForPreTraining", "Blip2xConfig"]
+__all__ = ["Blip2xForPreTraining"]

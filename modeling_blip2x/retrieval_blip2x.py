@@ -5,7 +5,7 @@ from torch import nn
 
 from .configuration_blip2x import Blip2xConfig
 from .imagetext_blip2x import SMALLEST_TEMPERATURE, Blip2xImageTextModel
-from .losses_blip2x import image_text_similarity, itc_loss
+from .losses_blip2x import image_text_similarity
 from .outputs_blip2x import Blip2xRetrievalOutput
 
 
@@ -45,7 +45,7 @@ class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
                 pixel_values, input_ids, attention_mask, vision_embeds, interpolate_pos_encoding, *options
             )
             contrast = self.contrast(pairs, image_ids, *options)
-            loss_itc = itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
+            loss_itc = self.itc_loss(contrast)
             loss_itm, accuracy = self.match(pairs, contrast, negative_seed)
             output = Blip2xRetrievalOutput(
                 loss=loss_itc + loss_itm,

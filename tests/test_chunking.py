@@ -42,6 +42,15 @@ def gradients(model: Blip2xForPreTraining) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("chunk_size", (3, ROWS))
+def test_sigmoid_itc_in_chunks(chunk_size):
+    """With a bias that is learned too."""
+    data = inputs()
+    expected = plain(make(itc_loss="sigmoid"), data)
+    assert_same(expected, chunked(make(itc_loss="sigmoid"), data, chunk_size))
+    assert expected[1]["itc_bias"].abs() > 1e-3
+
+
 def plain(model: Blip2xForPreTraining, data: dict, autocast: Callable | None = None):
     with autocast() if autocast else torch.autocast("cpu", enabled=False):
         output = model(**data, negative_seed=5)

@@ -28,10 +28,10 @@ def stage2_inputs(model) -> dict[str, torch.Tensor]:
     return {**data, "labels": labels}
 
 
-def make(stage: int):
+def make(stage: int | str):
     """Trainable model in train mode without dropout, its inputs, and what else the forward takes."""
-    if stage == 1:
-        model = stage1(qformer=NO_DROPOUT)
+    if stage in (1, "sigmoid"):
+        model = stage1(qformer=NO_DROPOUT, itc_loss="softmax" if stage == 1 else stage)
         return model.train(), stage1_inputs(), {"negative_seed": 5}
     model = stage2("opt", std=0.1, qformer={**NO_DROPOUT, "use_qformer_text_input": False})
     model.freeze_unimodal()
@@ -43,10 +43,10 @@ def shared(data: dict[str, torch.Tensor], rank: int, sizes: tuple[int, int]) -> 
     return {name: value[start : start + sizes[rank]] for name, value in data.items()}
 
 
-def train_step(rank: int, stage: int, sizes: tuple[int, int], chunk_size: int | None = None) -> dict:
+def train_step(rank: int, stage: int | str, sizes: tuple[int, int], chunk_size: int | None = None) -> dict:
     model, data, extra = make(stage)
     share = shared(data, rank, sizes)
-    if rank == 1 and stage == 1:  # this rank's texts are padded less
+    if rank == 1 and stage != 2:  # this rank's texts are padded less
         longest = share["attention_mask"].sum(1).max()
         share["input_ids"], share["attention_mask"] = (share[k][:, :longest] for k in ("input_ids", "attention_mask"))
     parallel = DistributedDataParallel(model)  # kept: its hooks go with it
@@ -88,8 +88,11 @@ def count_sent(rank: int) -> list[tuple[str, tuple[int, ...]]]:
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    steps = {f"{stage} {split}": train_step(rank, stage, SPLITS[split]) for stage in (1, 2) for split in SPLITS}
+    steps = {
+        f"{stage} {split}": train_step(rank, stage, SPLITS[split]) for stage in (1, 2, "sigmoid") for split in SPLITS
+    }
     steps |= {f"chunks {split}": train_step(rank, 1, SPLITS[split], chunk_size=2) for split in SPLITS}
+    steps |= {f"sigmoid chunks {split}": train_step(rank, "sigmoid", SPLITS[split], chunk_size=2) for split in SPLITS}
     torch.save({"steps": steps, "sent": count_sent(rank)}, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -103,9 +106,9 @@ def ranks(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("stage", [1, 2, "chunks"])
+@pytest.mark.parametrize("stage", [1, 2, "chunks", "sigmoid", "sigmoid chunks"])
 def test_two_processes_equal_one(ranks, stage, split):
-    model, data, extra = make(1 if stage == "chunks" else stage)
+    model, data, extra = make({"chunks": 1, "sigmoid chunks": "sigmoid"}.get(stage, stage))
     out = model(**data, **extra)
     out.loss.backward()
     for rank, results in enumerate(ranks):

@@ -13,6 +13,7 @@ from modeling_blip2x.losses_blip2x import (
     itm_loss,
     itm_pairs,
     positive_pairs,
+    sigmoid_itc_loss,
     uniform_numbers,
 )
 
@@ -48,6 +49,21 @@ def test_itc_spreads_the_target_over_equal_images():
     target = torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]) * 0.9 + 0.1 / 3
     expected = -sum((target * side.log_softmax(1)).sum(1).mean() for side in (logits, logits.T)) / 2
     assert torch.allclose(itc_loss(logits, logits.T, positive_pairs(ids, ids)), expected, atol=1e-6)
+
+
+def test_sigmoid_itc_asks_of_each_pair():
+    """SigLIP, equation 1, pair by pair; two images of one id are positives both ways."""
+    logits, ids = torch.randn(4, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 1])
+    bias = torch.tensor([-2.0], requires_grad=True)
+    expected = 0.0
+    for image in range(4):
+        for text in range(4):
+            sign = 1 if ids[image] == ids[text] else -1
+            expected -= math.log(1 / (1 + math.exp(-sign * (logits[image, text].item() - 2.0)))) / 4
+    loss = sigmoid_itc_loss(logits, positive_pairs(ids, ids), bias)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    loss.backward()
+    assert bias.grad.abs() > 0.1
 
 
 def test_hard_negatives_follow_the_similarity_and_are_never_positives():
