@@ -12,6 +12,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import can_return_tuple
 
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .distributed_blip2x import batch_sizes, fetch_rows, gather_rows, gather_text, rank
@@ -110,6 +111,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         self.itg_head.resize(embeddings.num_embeddings)
         return embeddings
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -117,7 +119,6 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
-        return_dict: bool | None = None,
     ) -> Blip2xImageFeatures | tuple:
         """Unit-norm query features (B, Q, P) of images, in `pooler_output`."""
         queries = self.model(
@@ -128,36 +129,32 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
             return_dict=True,
         )
-        output = Blip2xImageFeatures(
+        return Blip2xImageFeatures(
             last_hidden_state=queries.vision_embeds,
             pooler_output=self._unit(self.vision_projection, queries.last_hidden_state),
             hidden_states=queries.vision_outputs.hidden_states,
             attentions=queries.vision_outputs.attentions,
             qformer_outputs=queries,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
+    @can_return_tuple
     def get_text_features(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
-        return_dict: bool | None = None,
     ) -> Blip2xTextFeatures | tuple:
         """Unit-norm features (B, P) of texts, from their first token ([CLS]), in `pooler_output`."""
         output_attentions, output_hidden_states = self.model.resolve_outputs(output_attentions, output_hidden_states)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         out = self.model.qformer.encode_text(input_ids, attention_mask, output_attentions)
-        output = Blip2xTextFeatures(
+        return Blip2xTextFeatures(
             last_hidden_state=out.hidden,
             pooler_output=self._unit(self.text_projection, out.hidden[:, 0]),
             hidden_states=chosen_hidden_states(out.hidden_states, output_hidden_states),
             attentions=out.attentions if output_attentions else None,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
     def get_multimodal_features(
         self,
