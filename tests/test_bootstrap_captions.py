@@ -195,7 +195,9 @@ def test_images_that_cannot_be_read_are_left_out_and_named(parts, tmp_path, caps
     assert "1 image(s) left out" in capsys.readouterr().out
     (report,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
     assert (
-        report["name"].endswith("3.png") and report["split"] == "train" and report["reason"] == "no known image format"
+        report["name"].endswith("3.png")
+        and report["split"] == "train"
+        and report["reason"].startswith("no known image format (")
     )
     others = bootstrap(parts, tmp_path / "whole")  # the other images' captions are what they would have been
     assert [row["captions"] for row in rows] == [r["captions"] for r in others if not r["image"].endswith("/3.png")]

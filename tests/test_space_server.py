@@ -279,9 +279,12 @@ def test_many_visitors_at_once_get_their_own_answers_and_memory_stays_flat(serve
         )
     assert len(set(expected.values())) > 8  # else a mix-up could not be seen
 
+    # The same visitors each time: Gradio remembers every page that was opened, up to ten thousand of them.
+    visitors = [connect(served[0]) for _ in range(8)]
+
     def visit(seed: int) -> list[str]:
         order = random.Random(seed)
-        visitor, wrong = connect(served[0]), []
+        visitor, wrong = visitors[seed % len(visitors)], []
         for number, question in (order.choice(asked) for _ in range(5)):
             said = visitor.predict(handle_file(str(EXAMPLES[number])), question, max_length=8, api_name="/answer")
             if said != expected[number, question]:
