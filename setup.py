@@ -1,9 +1,12 @@
-"""Packaging of blip2x: the library `modeling_blip2x`; training/ and space_app/ are scripts that are run from the repository."""
+"""Packaging of blip2x: the library `modeling_blip2x`, and `blip2x_training`, which is the folder training/.
+
+space_app/ is run from the repository.
+"""
 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "modeling_blip2x" / "__init__.py").read_text()).group(1)
@@ -49,7 +52,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["modeling_blip2x"],
+    packages=["modeling_blip2x", "blip2x_training", *(f"blip2x_training.{name}" for name in find_packages("training"))],
+    package_dir={"blip2x_training": "training"},
+    package_data={"blip2x_training": ["configs/**/*.yaml"], "blip2x_training.evaluation.report": ["*.jinja"]},
     install_requires=CORE,
     extras_require={
         "train": TRAIN,

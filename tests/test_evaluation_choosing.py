@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_parts import coco_file, evaluate, make_photos, make_stage1, make_stage2, put, texts_of
-from metrics.retrieval_recall.scores import recall_at_k
 from PIL import Image
 from transforms import clean_caption
 
+from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 
 COLOURS, SHAPES = ("red", "green", "blue"), ("circle", "square", "dog", "cat")

@@ -6,7 +6,6 @@ from pathlib import Path
 import finetune
 import pytest
 import torch
-from metrics.retrieval_recall.scores import recall_at_k
 from PIL import Image
 from safetensors.torch import load_file
 from test_training_run import COMMON, metrics, stage1, stage2
@@ -14,6 +13,8 @@ from tiny import image
 from training_parts import disable_adapters, make_image_folder, make_language_model, make_vision_model
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 from transforms import clean_caption
+
+from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 
 QUESTIONS = ["What colour is the square?", "Where is the square?"]
 

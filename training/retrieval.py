@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from accelerate import Accelerator
 from collators import Stage1Collator
-from metrics.retrieval_recall.scores import recall_at_k
 from torch.utils.data import Dataset
+
+from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 
 MODES = ("itc", "itm", "itm+itc", "itm+logits")
 PIECES = 16  # that small sets are cut into at least, for processes to share

@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
 from evaluation.fields import EvaluationArguments
+from evaluation.figures import shown
 from evaluation.models import Checkpoint
-from evaluation.report import shown, title_of
+from evaluation.report import title_of
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).parents[2] / "model_card.md"
 NAMES = ("README.md", "model_card.md")

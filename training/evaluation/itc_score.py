@@ -7,12 +7,11 @@ compared; `itc_score_references`, the same of the human captions, tells what thi
 
 import torch
 from accelerate import Accelerator
-from transforms import clean_caption
-from written import share_work
-
 from evaluation.fields import EvaluationArguments
 from evaluation.models import load_checkpoint
 from evaluation.samples import EvaluationSet
+from transforms import clean_caption
+from written import share_work
 
 
 def score_by_itc(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from capfilt import load_model
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, language_collator
+from evaluation.fields import EvaluationArguments
 from inputs import output_size, resize_to
 from run import has_other_size
 from transformers import AutoConfig
 
-from evaluation.fields import EvaluationArguments
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.convert import load_transformers
 

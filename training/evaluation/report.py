@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 from captioned_rows import write_whole
-from jinja2 import Environment, FileSystemLoader
-from PIL import Image
-
 from evaluation.attention import overlay, query_maps, seen_picture
 from evaluation.bars import Bars, score_bars, type_bars
 from evaluation.cases import REFERENCES, choose_records, heading, image_label, score_text, tone, wanted
 from evaluation.figures import figure_table, label, overall, published_figures, shown, sorted_notes
 from evaluation.models import Checkpoint
 from evaluation.samples import EvaluationSet
+from jinja2 import Environment, FileSystemLoader
+from PIL import Image
+
 from modeling_blip2x.images_blip2x import rgb_image
 
 QUERIES = 8

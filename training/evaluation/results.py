@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from captioned_rows import write_whole
-
 from evaluation.fields import EvaluationArguments
 from evaluation.scoring import as_items
 
