@@ -56,7 +56,7 @@ def leftovers(out: Path) -> list[Path]:
 
 def die_in_second_save() -> None:
     """kill -9 when all files of the second checkpoint are written, but not under their name yet."""
-    import durable
+    from blip2x_training.system import atomic_files
 
     calls = []
 
@@ -65,7 +65,7 @@ def die_in_second_save() -> None:
         if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    durable.sync_folder = sync_or_die
+    atomic_files.sync_folder = sync_or_die
 
 
 def hold_after(step: int, stopped_goes_on: bool = False) -> None:

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from durable import write_whole
+from blip2x_training.system.atomic_files import write_whole
 
 
 @dataclass

@@ -32,14 +32,16 @@ from capfilt import (
     sample_captions,
     score,
 )
-from captioned_rows import Progress, json_lines, write_dataset, write_whole
+from captioned_rows import Progress, json_lines, write_dataset
 from data import ImageDataset
-from features import images_fingerprint, weights_fingerprint
+from features import images_fingerprint
 from fields import doc
 from rows import Rows, require_column
 from sources import image_start, load_rows
 from tqdm import tqdm
 
+from blip2x_training.system.atomic_files import write_whole
+from blip2x_training.system.fingerprints import weights_fingerprint
 from modeling_blip2x import Blip2xProcessor
 
 RANGES = {

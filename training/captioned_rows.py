@@ -9,8 +9,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 from data import ImageDataset
-from features import differences
 from images import image_source
+
+from blip2x_training.system.atomic_files import write_whole
+from blip2x_training.system.fingerprints import differences
 
 
 class Progress:
@@ -47,12 +49,6 @@ class Progress:
 
 def json_lines(records: list[dict]) -> bytes:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def write_dataset(images: ImageDataset, records: list[dict], folder: Path, split: str) -> Path:

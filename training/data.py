@@ -15,8 +15,9 @@ from images import BadRow, image_keys, image_name, keep_encoded, number_images, 
 from PIL import Image
 from rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
 from skipping import TRIES, ReportedBatches, Reporting, SkipLog
-from stopping import shield_worker
 from transforms import augment_image, clean_caption
+
+from blip2x_training.system.signals import shield_worker
 
 Turn = tuple[str, list[str]]  # a question ("" for none) and the texts that answer it, of which each visit draws one
 

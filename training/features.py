@@ -16,6 +16,8 @@ import torch
 from data import CaptionDataset, ImageDataset
 from images import image_mark
 
+from blip2x_training.system.fingerprints import differences, weights_fingerprint
+
 STORED = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # numpy has no bfloat16: its bits
 OPEN_SHARDS = 128  # a memory map holds a file descriptor, of which a process commonly has 1024
 
@@ -80,15 +82,6 @@ def to_stored(features: torch.Tensor, dtype: str) -> np.ndarray:
     return (features.view(torch.uint16) if dtype == "bfloat16" else features).numpy()
 
 
-def weights_fingerprint(module: torch.nn.Module) -> str:
-    """Hash of all parameters and buffers with their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def tower_fingerprint(tower: torch.nn.Module, feature_layer: int, image_processor) -> dict[str, str | int]:
     """What the features of an image depend on: weights, layer and preprocessing."""
     preprocessing = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
@@ -139,10 +132,3 @@ def load_features(folder: str, split: str, fingerprint: dict) -> FeatureCache:
             "Write one that does with cache_features.py."
         )
     return cache
-
-
-def differences(cached: dict, wanted: dict) -> str:
-    """What a description of what is there says otherwise than wanted; empty where they agree."""
-    return "; ".join(
-        f"{key} was {cached.get(key)!r}, is now {value!r}" for key, value in wanted.items() if cached.get(key) != value
-    )

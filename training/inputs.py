@@ -10,12 +10,13 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from args import changed_fields, save_arguments
 from checkpoint import clear_output_dir
 from data import CaptionDataset, JointDataset
-from environment import describe_environment
 from fields import PretrainingArguments
 from sharding import check_processes, plan_deepspeed, shard_on_cpu
 from sources import image_start, load_rows
 from trackers import choose_tracker
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
+
+from blip2x_training.system.environment import describe_environment
 
 
 def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Accelerator:

@@ -19,9 +19,10 @@ from curves import draw_curves
 from gather import free_gathered, whole
 from optim import AveragedWeights, set_learning_rate
 from sharding import keep_embeddings_whole, plan_sharding
-from stopping import StopSignal
 from tqdm import tqdm
 from watch import Watch
+
+from blip2x_training.system.signals import StopSignal
 
 MEASURED = (
     "loss",

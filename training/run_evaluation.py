@@ -33,10 +33,11 @@ from evaluation.report import write_report
 from evaluation.results import table, write_results
 from evaluation.samples import EvaluationSet
 from evaluation.scoring import counts, make_records, score
-from features import weights_fingerprint
 from inputs import output_size
 from official import evaluation_rows
 from sources import image_start
+
+from blip2x_training.system.fingerprints import weights_fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:

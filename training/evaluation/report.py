@@ -5,7 +5,6 @@ import io
 from pathlib import Path
 
 import numpy as np
-from captioned_rows import write_whole
 from evaluation.attention import overlay, query_maps, seen_picture
 from evaluation.bars import Bars, score_bars, type_bars
 from evaluation.cases import REFERENCES, choose_records, heading, image_label, score_text, tone, wanted
@@ -15,6 +14,7 @@ from evaluation.samples import EvaluationSet
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
+from blip2x_training.system.atomic_files import write_whole
 from modeling_blip2x.images_blip2x import rgb_image
 
 QUERIES = 8

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from captioned_rows import write_whole
 from evaluation.fields import EvaluationArguments
 from evaluation.scoring import as_items
+
+from blip2x_training.system.atomic_files import write_whole
 
 
 def official_results(args: EvaluationArguments, records: list[dict]) -> tuple[str, str] | None:
