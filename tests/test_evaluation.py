@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import run_evaluation
 import torch
-from args import parse_arguments
 from evaluation import journal
 from evaluation.fields import EvaluationArguments
 from evaluation.lemmatizer import load_lemmatizer
@@ -24,6 +23,7 @@ from huggingface_hub import ModelCard
 from lora import LoraCheckpoint, add_lora
 from PIL import Image
 
+from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.metrics.caption.scores import caption_scores
 from blip2x_training.metrics.vqa_accuracy.scores import vqa_accuracy
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor

@@ -9,10 +9,8 @@ import datasets
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from args import parse_arguments
 from collators import Stage1Collator
 from data import CaptionDataset, JointDataset
-from fields import Stage1Arguments
 from inputs import load_dataset_split
 from order import BatchOrder, EpochOrder
 from PIL import Image
@@ -20,6 +18,9 @@ from sources import expand_braces, image_start, load_rows
 from tiny import image_processor
 from training_parts import make_image_folder
 from vocabulary import build_tokenizer
+
+from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.arguments.training import Stage1Arguments
 
 WORDS = ["a red square", "a green square", "what colour", "red", "green", "yes", "no"]
 

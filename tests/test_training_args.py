@@ -1,8 +1,9 @@
 """Fields of the training scripts: YAML and flags, and every mistake reported at once."""
 
 import pytest
-from args import parse_arguments, save_arguments
-from fields import Stage1Arguments, Stage2Arguments
+
+from blip2x_training.arguments.parsing import parse_arguments, save_arguments
+from blip2x_training.arguments.training import Stage1Arguments, Stage2Arguments
 
 NEEDED = ["--output_dir", "out", "--dataset", "data", "--vision_model", "tower"]
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import datasets
 import torch
-from args import parse_arguments
 from capfilt import (
     RANKINGS,
     best,
@@ -35,11 +34,12 @@ from capfilt import (
 from captioned_rows import Progress, json_lines, write_dataset
 from data import ImageDataset
 from features import images_fingerprint
-from fields import doc
 from rows import Rows, require_column
 from sources import image_start, load_rows
 from tqdm import tqdm
 
+from blip2x_training.arguments.base import doc
+from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.system.atomic_files import write_whole
 from blip2x_training.system.fingerprints import weights_fingerprint
 from modeling_blip2x import Blip2xProcessor

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from args import parse_arguments
 from data import read_captions
-from fields import doc
 from sources import load_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -26,6 +24,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from blip2x_training.arguments.base import doc
+from blip2x_training.arguments.parsing import parse_arguments
 
 
 @dataclass

@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
-from args import changed_fields, save_arguments
 from checkpoint import clear_output_dir
 from data import CaptionDataset, JointDataset
-from fields import PretrainingArguments
 from sharding import check_processes, plan_deepspeed, shard_on_cpu
 from sources import image_start, load_rows
 from trackers import choose_tracker
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
 
+from blip2x_training.arguments.parsing import changed_fields, save_arguments
+from blip2x_training.arguments.training import PretrainingArguments
 from blip2x_training.system.environment import describe_environment
 
 

@@ -5,11 +5,11 @@ Stage 1 and the fine-tuning of retrieval share the first, stage 2 and every othe
 
 from chunked import chunked_step
 from collators import Stage1Collator, language_collator
-from fields import FinetuneArguments, Stage1Arguments, Stage2Arguments
 from loop import plain_step
 from run import fit
 from validation import validate_image_text, validate_language
 
+from blip2x_training.arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 
 

@@ -8,14 +8,14 @@ The same command again continues from the last whole checkpoint. --help lists th
 
 import sys
 
-from args import parse_arguments
-from fields import Stage1Arguments
 from inputs import load_image_processor, read_stage1_config, start_run
 from objectives import fit_image_text
 from run import already_finished, load_splits, steps_of
 from transformers import AutoProcessor
 from vocabulary import build_tokenizer, load_qformer_tokenizer
 
+from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.arguments.training import Stage1Arguments
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
 
 

@@ -11,7 +11,6 @@ from best import Best
 from checkpoint import is_finished, read_state
 from data import CaptionDataset, JointDataset, make_loader
 from features import use_feature_cache
-from fields import PretrainingArguments
 from finish import finish
 from inputs import count_steps, load_dataset_split, open_output_dir, output_size, seed_training
 from loop import plain_step, train
@@ -21,6 +20,7 @@ from order import BatchOrder, visit_order
 from skipping import record_skips
 from watch import Watch, query_similarity
 
+from blip2x_training.arguments.training import PretrainingArguments
 from modeling_blip2x import Blip2xProcessor
 
 

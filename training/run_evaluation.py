@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from args import parse_arguments
 from evaluation.card import write_card
 from evaluation.choosing import class_names, read_names
 from evaluation.fields import FREE, EvaluationArguments, choose_prompt
@@ -37,6 +36,7 @@ from inputs import output_size
 from official import evaluation_rows
 from sources import image_start
 
+from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.system.fingerprints import weights_fingerprint
 
 

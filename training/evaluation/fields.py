@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.published import PUBLISHED
-from fields import doc, looks_like_path
 from retrieval import MODES
+
+from blip2x_training.arguments.base import doc, looks_like_path
 
 BEAMS = 5  # of every generation in the paper
 CAPTION_PROMPT = "a photo of"

@@ -1,24 +1,14 @@
-"""The fields of the training scripts, with their defaults and help; `args` reads them.
+"""The fields of the training scripts, with their defaults and help; parsing.py reads them.
 
     python training/pretrain_stage1.py --config training/configs/flickr8k_stage1.yaml --dataset DIR --vision_model DIR
 
 Names follow `transformers.TrainingArguments` where it has one.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-
-def doc(default, text: str):
-    """A dataclass field whose help text is `text`; lists and dicts are copied for each instance."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-def looks_like_path(value: str) -> bool:
-    """And not like a hub id, which has one slash at most."""
-    return value[0] in "./~" or value.count("/") > 1
+from .base import doc, looks_like_path
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Reads a command line, and the YAML file it names, into a dataclass of `fields`.
+"""Reads a command line, and the YAML file it names, into a dataclass of fields.
 
 A YAML file given by --config sets defaults, flags on the command line override them. Both go through
 `transformers.HfArgumentParser`, so a value means the same in either place. Whatever is wrong (unknown keys and flags,
