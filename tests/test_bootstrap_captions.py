@@ -10,10 +10,12 @@ import captioned_rows
 import datasets
 import pytest
 import torch
-from capfilt import Candidate, SeededNucleus, best, candidates_of, load_model, score
+from capfilt import Candidate, SeededNucleus, best, candidates_of, score
 from sources import load_rows
 from tiny import stage2, stage2_processor
 from training_parts import make_image_folder, make_vision_model, run_stage1
+
+from blip2x_training.models.loading import load_model
 
 
 @pytest.fixture(scope="module")

@@ -20,12 +20,12 @@ from evaluation.lemmatizer import load_lemmatizer
 from evaluation.published import PUBLISHED
 from evaluation_parts import CAPTIONS, coco_file, evaluate, make_photos, make_stage1, make_stage2, put, texts_of
 from huggingface_hub import ModelCard
-from lora import LoraCheckpoint, add_lora
 from PIL import Image
 
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.metrics.caption.scores import caption_scores
 from blip2x_training.metrics.vqa_accuracy.scores import vqa_accuracy
+from blip2x_training.models.lora import LoraCheckpoint, add_lora
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor
 from modeling_blip2x.convert import convert
 

@@ -20,17 +20,7 @@ from pathlib import Path
 
 import datasets
 import torch
-from capfilt import (
-    RANKINGS,
-    best,
-    candidates_of,
-    encode_images,
-    is_stage1,
-    load_model,
-    numbers_of,
-    sample_captions,
-    score,
-)
+from capfilt import RANKINGS, best, candidates_of, encode_images, numbers_of, sample_captions, score
 from captioned_rows import Progress, json_lines, write_dataset
 from data import ImageDataset
 from features import images_fingerprint
@@ -40,6 +30,7 @@ from tqdm import tqdm
 
 from blip2x_training.arguments.base import doc
 from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.models.loading import is_stage1, load_model
 from blip2x_training.system.atomic_files import write_whole
 from blip2x_training.system.fingerprints import weights_fingerprint
 from modeling_blip2x import Blip2xProcessor

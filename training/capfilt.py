@@ -9,16 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoModelForPreTraining,
-    AutoProcessor,
     LogitsProcessor,
     LogitsProcessorList,
 )
 from transforms import clean_caption
 
-from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
+from blip2x_training.models.loading import is_stage1
+from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor
 
 RANKINGS = ("itc", "itm", "itc+itm")
 
@@ -59,21 +56,6 @@ def numbers_of(seed: int, row: int, captions: int, steps: int) -> torch.Tensor:
     """(captions, steps) in [0, 1) for the captions of a row."""
     draw = random.Random(f"{seed}-{row}")
     return torch.tensor([[draw.random() for _ in range(steps)] for _ in range(captions)], dtype=torch.float64)
-
-
-def load_model(
-    folder: str, device: str
-) -> tuple[Blip2xForPreTraining | Blip2xForConditionalGeneration, Blip2xProcessor]:
-    """A stage-1 or stage-2 checkpoint and its processor; ValueError for anything else."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "blip2x":
-        raise ValueError(f"{folder} holds a {config.model_type} model. Give the output folder of a stage 1 or 2.")
-    kind = AutoModelForPreTraining if config.text_config is None else AutoModelForImageTextToText
-    return kind.from_pretrained(folder).eval().to(device), AutoProcessor.from_pretrained(folder)
-
-
-def is_stage1(model: torch.nn.Module) -> bool:
-    return model.config.text_config is None
 
 
 def encode_images(model, processor: Blip2xProcessor, images: list) -> torch.Tensor:

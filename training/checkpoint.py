@@ -16,10 +16,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from gather import optimizer_tensors, put_optimizer_tensors, put_tensors, trained_parameters, whole_tensors
 from optim import AveragedWeights
 from safetensors.torch import load_file, save_file
 
+from blip2x_training.models.full_tensors import (
+    optimizer_tensors,
+    put_optimizer_tensors,
+    put_tensors,
+    trained_parameters,
+    whole_tensors,
+)
 from blip2x_training.system.atomic_files import clear_unfinished, discard, sync, whole_folder, write_whole
 
 

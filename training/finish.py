@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from best import Best, write_best
 from checkpoint import keep_newest, load_best, read_state, save_root, step_folder
 from curves import draw_curves
-from gather import unshard_for_saving
 from loop import MEASURED, close_trackers, log
 from watch import Watch
 
+from blip2x_training.models.full_tensors import unshard_for_saving
 from blip2x_training.system.atomic_files import write_whole
 
 

@@ -12,7 +12,7 @@ from data import CaptionDataset, JointDataset
 from sharding import check_processes, plan_deepspeed, shard_on_cpu
 from sources import image_start, load_rows
 from trackers import choose_tracker
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig
+from transformers import AutoImageProcessor
 
 from blip2x_training.arguments.parsing import changed_fields, save_arguments
 from blip2x_training.arguments.training import PretrainingArguments
@@ -64,15 +64,6 @@ def open_output_dir(args: PretrainingArguments, accelerator: Accelerator) -> Pat
     if accelerator.log_with:
         accelerator.init_trackers(output_dir.name)
     return output_dir
-
-
-def read_stage1_config(folder: str) -> PreTrainedConfig:
-    """The config of a stage-1 checkpoint; raises ValueError if `folder` holds anything else."""
-    config = AutoConfig.from_pretrained(folder)
-    if config.model_type != "blip2x" or config.text_config is not None:
-        kind = "a stage-2 model" if config.model_type == "blip2x" else f"a {config.model_type} model"
-        raise ValueError(f"--init_from {folder} holds {kind}. Give the output folder of pretrain_stage1.py.")
-    return config
 
 
 def load_image_processor(source: str, image_size: int | None):

@@ -16,12 +16,12 @@ from accelerate.utils import send_to_device
 from best import Best, write_best
 from checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
 from curves import draw_curves
-from gather import free_gathered, whole
 from optim import AveragedWeights, set_learning_rate
 from sharding import keep_embeddings_whole, plan_sharding
 from tqdm import tqdm
 from watch import Watch
 
+from blip2x_training.models.full_tensors import free_gathered, whole
 from blip2x_training.system.signals import StopSignal
 
 MEASURED = (

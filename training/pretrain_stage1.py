@@ -8,7 +8,7 @@ The same command again continues from the last whole checkpoint. --help lists th
 
 import sys
 
-from inputs import load_image_processor, read_stage1_config, start_run
+from inputs import load_image_processor, start_run
 from objectives import fit_image_text
 from run import already_finished, load_splits, steps_of
 from transformers import AutoProcessor
@@ -16,6 +16,7 @@ from vocabulary import build_tokenizer, load_qformer_tokenizer
 
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.training import Stage1Arguments
+from blip2x_training.models.loading import read_stage1_config
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
 
 

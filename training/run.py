@@ -14,13 +14,13 @@ from features import use_feature_cache
 from finish import finish
 from inputs import count_steps, load_dataset_split, open_output_dir, output_size, seed_training
 from loop import plain_step, train
-from lora import LoraCheckpoint, add_lora
 from optim import build_optimizer, learning_rate_at
 from order import BatchOrder, visit_order
 from skipping import record_skips
 from watch import Watch, query_similarity
 
 from blip2x_training.arguments.training import PretrainingArguments
+from blip2x_training.models.lora import LoraCheckpoint, add_lora
 from modeling_blip2x import Blip2xProcessor
 
 
