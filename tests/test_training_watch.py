@@ -7,12 +7,13 @@ import pretrain_stage1
 import pytest
 import tiny
 import torch
-from curves import choose_panels, draw_curves
 from PIL import Image
 from processes import flags, make_parts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trackers import choose_tracker
-from watch import Watch, mean_cosine, query_similarity
+
+from blip2x_training.reporting.curves import choose_panels, draw_curves
+from blip2x_training.reporting.health import Watch, mean_cosine, query_similarity
+from blip2x_training.reporting.trackers import choose_tracker
 
 
 def train_line(step: int, loss_itm: float, accuracy: float) -> dict:

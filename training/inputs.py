@@ -11,11 +11,11 @@ from checkpoint import clear_output_dir
 from data import CaptionDataset, JointDataset
 from sharding import check_processes, plan_deepspeed, shard_on_cpu
 from sources import image_start, load_rows
-from trackers import choose_tracker
 from transformers import AutoImageProcessor
 
 from blip2x_training.arguments.parsing import changed_fields, save_arguments
 from blip2x_training.arguments.training import PretrainingArguments
+from blip2x_training.reporting.trackers import choose_tracker
 from blip2x_training.system.environment import describe_environment
 
 

@@ -4,9 +4,6 @@ A step is one optimiser step: `gradient_accumulation_steps` forwards of the glob
 """
 
 import contextlib
-import json
-import resource
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -15,25 +12,14 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from best import Best, write_best
 from checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
-from curves import draw_curves
 from optim import AveragedWeights, set_learning_rate
 from sharding import keep_embeddings_whole, plan_sharding
 from tqdm import tqdm
-from watch import Watch
 
-from blip2x_training.models.full_tensors import free_gathered, whole
+from blip2x_training.models.full_tensors import free_gathered
+from blip2x_training.reporting.health import Watch
+from blip2x_training.reporting.meter import SHOWN, Meter, close_trackers, log, losses_of
 from blip2x_training.system.signals import StopSignal
-
-MEASURED = (
-    "loss",
-    "loss_itc",
-    "loss_itm",
-    "loss_itg",
-    "itm_accuracy",
-    "temperature",
-)  # of outputs, where they have them
-SHOWN = {"loss": "loss", "loss_itc": "itc", "loss_itm": "itm", "loss_itg": "itg", "lr": "lr"}  # in the progress bar
-SHOWN["samples_per_second"] = "images/s"
 
 
 def plain_step(accelerator: Accelerator, model: torch.nn.Module, inputs: dict):
@@ -157,12 +143,6 @@ def train(
     return averages
 
 
-def losses_of(outputs) -> dict[str, torch.Tensor]:
-    """The total and its parts, as scalars without gradient."""
-    names = [name for name in MEASURED if name.startswith("loss") and outputs.get(name) is not None]
-    return {name: outputs[name].detach().float() for name in names}
-
-
 def agree(accelerator: Accelerator, losses: list[dict], signal_number: int) -> tuple[list[str], int]:
     """Losses that are not finite on some process, and the signal that some process got; the same on all.
 
@@ -186,55 +166,3 @@ def not_finite(broken: list[str], losses: list[dict], step: int, output_dir: Pat
         f"under {output_dir / 'checkpoints'} is intact. Try a lower --learning_rate, more --warmup_steps, or bf16 in "
         "place of fp16."
     )
-
-
-class Meter:
-    """Means over the forwards since the last read, throughput and memory."""
-
-    def __init__(self):
-        self.sums: dict[str, torch.Tensor] = {}
-        self.forwards, self.samples, self.start, self.grad_norm = 0, 0, time.perf_counter(), None
-
-    def add(self, outputs, samples: int) -> None:
-        for name in MEASURED:
-            if outputs.get(name) is not None:
-                self.sums[name] = self.sums.get(name, 0.0) + outputs[name].detach().float().mean()
-        self.forwards += 1
-        self.samples += samples
-
-    def read(self, accelerator: Accelerator) -> dict:
-        """Means over forwards and processes; starts the next window."""
-        means = {k: accelerator.reduce(v / self.forwards, "mean").item() for k, v in self.sums.items()}
-        if self.grad_norm is not None and torch.isfinite(norm := whole(torch.as_tensor(self.grad_norm))):
-            means["grad_norm"] = float(norm)  # inf: float16's scaler has skipped the step
-        means["samples_per_second"] = round(self.samples / (time.perf_counter() - self.start), 2)
-        means["peak_memory_mb"] = peak_memory_mb()
-        self.__init__()
-        return means
-
-    def restart_clock(self) -> None:
-        """Leave what was not training out of the throughput."""
-        self.start = time.perf_counter() if not self.forwards else self.start
-
-
-def peak_memory_mb() -> float:
-    """Highest memory so far in MB: of the GPU if there is one, else of this process."""
-    if torch.cuda.is_available():
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
-
-
-def log(accelerator: Accelerator, output_dir: Path, line: dict) -> None:
-    """Append a line to metrics.jsonl and hand it to the trackers; a validation also draws curves.png anew."""
-    if accelerator.is_main_process:
-        with open(output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        if "lr" not in line:
-            draw_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
-    accelerator.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
-
-
-def close_trackers(accelerator: Accelerator) -> None:
-    """Let trackers write what they hold; the process group stays, unlike after accelerate's end_training."""
-    for tracker in accelerator.trackers:
-        tracker.finish()

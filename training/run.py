@@ -17,10 +17,10 @@ from loop import plain_step, train
 from optim import build_optimizer, learning_rate_at
 from order import BatchOrder, visit_order
 from skipping import record_skips
-from watch import Watch, query_similarity
 
 from blip2x_training.arguments.training import PretrainingArguments
 from blip2x_training.models.lora import LoraCheckpoint, add_lora
+from blip2x_training.reporting.health import Watch, query_similarity
 from modeling_blip2x import Blip2xProcessor
 
 

@@ -8,12 +8,12 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from data import CaptionDataset, make_loader
-from loop import MEASURED
 from order import BatchOrder, EpochOrder
 from retrieval import RetrievalSet, rerank
 from written import score_itg, score_language
 
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
+from blip2x_training.reporting.meter import MEASURED
 from modeling_blip2x import Blip2xProcessor
 
 
