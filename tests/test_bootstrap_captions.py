@@ -11,10 +11,10 @@ import datasets
 import pytest
 import torch
 from capfilt import Candidate, SeededNucleus, best, candidates_of, score
-from sources import load_rows
 from tiny import stage2, stage2_processor
 from training_parts import make_image_folder, make_vision_model, run_stage1
 
+from blip2x_training.data.formats import load_rows
 from blip2x_training.models.loading import load_model
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from evaluation_parts import coco_file, evaluate, make_photos, make_stage1, make_stage2, put, texts_of
 from PIL import Image
-from transforms import clean_caption
 
+from blip2x_training.data.transforms import clean_caption
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 

@@ -12,9 +12,9 @@ from evaluation.figures import figure_table
 from evaluation.models import load_checkpoint
 from evaluation.samples import EvaluationSet
 from evaluation_parts import evaluate, make_photos, make_stage1, make_stage2, put, texts_of
-from official import evaluation_rows
 from retrieval import RetrievalSet, match_shortlists, mode_scores, ranked_scores, rerank, shortlists
 
+from blip2x_training.data.evaluation_formats import evaluation_rows
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 
 WORDNET = Path(__file__).parent / "fixtures" / "metrics" / "wordnet"

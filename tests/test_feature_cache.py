@@ -9,10 +9,11 @@ import cache_features
 import numpy as np
 import pytest
 import torch
-from data import CaptionDataset, ImageDataset
-from features import FeatureCache, images_fingerprint, load_features
-from sources import load_rows
 from training_parts import make_image_folder, make_vision_model, run_stage1
+
+from blip2x_training.data.caption_dataset import CaptionDataset, ImageDataset
+from blip2x_training.data.feature_cache import FeatureCache, images_fingerprint, load_features
+from blip2x_training.data.formats import load_rows
 
 PLAIN = ("--max_steps", "3", "--no_augment", "--eval_split", "validation")
 
@@ -75,7 +76,7 @@ def test_shards_hold_all_rows_in_order(parts, tmp_path):
 
 def test_no_more_shards_are_open_than_a_process_may(parts, tmp_path, monkeypatch):
     write(parts, tmp_path / "cache", "--shard_size", "1", "--splits", "train")
-    monkeypatch.setattr("features.OPEN_SHARDS", 3)
+    monkeypatch.setattr("blip2x_training.data.feature_cache.OPEN_SHARDS", 3)
     cache = load_features(str(tmp_path / "cache"), "train", {})
     before = [cache.read(row) for row in range(20)]
     assert len(cache.opened) <= 3 and all(torch.equal(cache.read(row), one) for row, one in enumerate(before))

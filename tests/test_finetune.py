@@ -12,8 +12,8 @@ from test_training_run import COMMON, metrics, stage1, stage2
 from tiny import image
 from training_parts import disable_adapters, make_image_folder, make_language_model, make_vision_model
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
-from transforms import clean_caption
 
+from blip2x_training.data.transforms import clean_caption
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 
 QUESTIONS = ["What colour is the square?", "Where is the square?"]

@@ -9,13 +9,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import transforms
 from cache_features import Views
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from evaluation.report import embedded
 from evaluation.samples import EvaluationSet
-from images import BadRow, open_image, opened
 from picture_files import (
     EVERYWHERE,
     HIDDEN_LEFT,
@@ -30,6 +28,8 @@ from picture_files import (
 from PIL import Image
 from tiny import image_processor
 
+from blip2x_training.data import transforms
+from blip2x_training.data.images import BadRow, open_image, opened
 from modeling_blip2x.images_blip2x import FORMATS, orientation_of, rgb_image
 
 

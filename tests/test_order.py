@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from order import BLOCK, GROUP, BatchOrder, EpochOrder, WeightedOrder, block_shares, visit_order
+
+from blip2x_training.data.order import BLOCK, GROUP, BatchOrder, EpochOrder, WeightedOrder, block_shares, visit_order
 
 SHARDS = np.repeat(np.arange(20), [7, 1, 12, 5] * 5)  # 125 rows of 20 shards
 

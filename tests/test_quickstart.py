@@ -10,7 +10,6 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from quickstart import Budget, run_quickstart
 from scenes import QUESTION_TYPES
-from sources import load_rows
 from toy_report import misses, table, write_picture
 from transformers import (
     AutoConfig,
@@ -20,6 +19,8 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+
+from blip2x_training.data.formats import load_rows
 
 TINY = Budget(
     split_sizes={"train": 40, "test_new": 12, "test_held_out": 12},

@@ -7,20 +7,21 @@ import struct
 import zlib
 from pathlib import Path
 
-import images
 import numpy as np
 import pytest
 import torch
-from data import CaptionDataset, make_loader
-from images import BadRow, open_image
-from order import BatchOrder, EpochOrder
 from PIL import Image
 from safetensors.torch import load_file
-from skipping import SkipLog, row_of
-from sources import load_rows
 from test_sources import make_tars
 from test_training_run import interrupted_after, without_speed
 from training_parts import make_image_folder, make_vision_model, run_stage1
+
+from blip2x_training.data import images
+from blip2x_training.data.bad_rows import SkipLog, row_of
+from blip2x_training.data.caption_dataset import CaptionDataset, make_loader
+from blip2x_training.data.formats import load_rows
+from blip2x_training.data.images import BadRow, open_image
+from blip2x_training.data.order import BatchOrder, EpochOrder
 
 BAD = {3: "missing", 7: "truncated", 11: "empty file", 13: "bomb", 17: "empty text"}
 FROM_THE_START = {3, 17}  # what needs no decoding

@@ -9,18 +9,18 @@ import datasets
 import numpy as np
 import pytest
 from accelerate import Accelerator
-from collators import Stage1Collator
-from data import CaptionDataset, JointDataset
-from inputs import load_dataset_split
-from order import BatchOrder, EpochOrder
 from PIL import Image
-from sources import expand_braces, image_start, load_rows
 from tiny import image_processor
 from training_parts import make_image_folder
-from vocabulary import build_tokenizer
 
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.training import Stage1Arguments
+from blip2x_training.data.caption_dataset import CaptionDataset, JointDataset
+from blip2x_training.data.collators import Stage1Collator
+from blip2x_training.data.formats import expand_braces, image_start, load_rows
+from blip2x_training.data.order import BatchOrder, EpochOrder
+from blip2x_training.data.splits import load_dataset_split
+from blip2x_training.data.vocabulary import build_tokenizer
 
 WORDS = ["a red square", "a green square", "what colour", "red", "green", "yes", "no"]
 

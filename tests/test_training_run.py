@@ -10,11 +10,8 @@ import pretrain_stage2
 import pytest
 import torch
 import written
-from collators import language_collator
-from data import CaptionDataset
 from PIL import Image
 from safetensors.torch import load_file
-from sources import load_rows
 from tiny import image
 from training_parts import disable_adapters, make_image_folder, make_language_model, make_vision_model
 from transformers import (
@@ -24,6 +21,10 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
 )
+
+from blip2x_training.data.caption_dataset import CaptionDataset
+from blip2x_training.data.collators import language_collator
+from blip2x_training.data.formats import load_rows
 
 QFORMER = json.dumps(
     {

@@ -22,14 +22,14 @@ import datasets
 import torch
 from capfilt import RANKINGS, best, candidates_of, encode_images, numbers_of, sample_captions, score
 from captioned_rows import Progress, json_lines, write_dataset
-from data import ImageDataset
-from features import images_fingerprint
-from rows import Rows, require_column
-from sources import image_start, load_rows
 from tqdm import tqdm
 
 from blip2x_training.arguments.base import doc
 from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.data.caption_dataset import ImageDataset
+from blip2x_training.data.feature_cache import images_fingerprint
+from blip2x_training.data.formats import image_start, load_rows
+from blip2x_training.data.rows import Rows, require_column
 from blip2x_training.models.loading import is_stage1, load_model
 from blip2x_training.system.atomic_files import write_whole
 from blip2x_training.system.fingerprints import weights_fingerprint

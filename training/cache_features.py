@@ -26,17 +26,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from collators import collate_images
-from data import ImageDataset
-from features import STORED, CacheLayout, images_fingerprint, to_stored, tower_fingerprint
-from inputs import load_image_processor, output_size
 from PIL import Image
-from sources import image_start, load_rows
 from tqdm import tqdm
-from transforms import augment_image
 
 from blip2x_training.arguments.base import doc
 from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.data.caption_dataset import ImageDataset
+from blip2x_training.data.collators import collate_images
+from blip2x_training.data.feature_cache import STORED, CacheLayout, images_fingerprint, to_stored, tower_fingerprint
+from blip2x_training.data.formats import image_start, load_rows
+from blip2x_training.data.image_processor import load_image_processor, output_size
+from blip2x_training.data.transforms import augment_image
 from blip2x_training.system.fingerprints import differences
 from modeling_blip2x.building_blip2x import load_vision_model
 from modeling_blip2x.vision_blip2x import vision_features

@@ -12,8 +12,8 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
 )
-from transforms import clean_caption
 
+from blip2x_training.data.transforms import clean_caption
 from blip2x_training.models.loading import is_stage1
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor
 

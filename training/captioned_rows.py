@@ -8,9 +8,9 @@ from pathlib import Path
 import datasets
 import pyarrow
 import pyarrow.parquet
-from data import ImageDataset
-from images import image_source
 
+from blip2x_training.data.caption_dataset import ImageDataset
+from blip2x_training.data.images import image_source
 from blip2x_training.system.atomic_files import write_whole
 from blip2x_training.system.fingerprints import differences
 

@@ -1,17 +1,13 @@
 """What all training scripts prepare alike: accelerator, folder of the run, image processor, data sets."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 from checkpoint import clear_output_dir
-from data import CaptionDataset, JointDataset
 from sharding import check_processes, plan_deepspeed, shard_on_cpu
-from sources import image_start, load_rows
-from transformers import AutoImageProcessor
 
 from blip2x_training.arguments.parsing import changed_fields, save_arguments
 from blip2x_training.arguments.training import PretrainingArguments
@@ -64,75 +60,6 @@ def open_output_dir(args: PretrainingArguments, accelerator: Accelerator) -> Pat
     if accelerator.log_with:
         accelerator.init_trackers(output_dir.name)
     return output_dir
-
-
-def load_image_processor(source: str, image_size: int | None):
-    """The image processor of a tower or checkpoint folder; `image_size` resizes to that square without cropping."""
-    try:
-        loaded = AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{source} has no image processor ({error}). Give a folder or id with preprocessor_config.json."
-        ) from error
-    if image_size is not None:
-        resize_to(loaded, image_size)
-    return loaded
-
-
-def resize_to(image_processor, side: int) -> None:
-    """Let an image processor resize to a square, without cropping."""
-    size = {"height": side, "width": side}
-    image_processor.size = size if isinstance(image_processor.size, dict) else type(image_processor.size)(**size)
-    image_processor.do_center_crop = False
-
-
-def output_size(image_processor) -> tuple[int, int]:
-    """(height, width) of the pixels an image processor gives."""
-    crop = getattr(image_processor, "crop_size", None) if getattr(image_processor, "do_center_crop", False) else None
-    size = dict(crop or image_processor.size)
-    side = size.get("shortest_edge")
-    height, width = size.get("height") or side, size.get("width") or side
-    if not height or not width:
-        raise ValueError(f"The image processor's size {size} does not tell height and width. Pass --image_size.")
-    return height, width
-
-
-def load_dataset_split(
-    args: PretrainingArguments,
-    accelerator: Accelerator,
-    split: str,
-    crop_size: tuple[int, int] | None,
-    draw_text: bool,
-    prompt: str = "",
-    prompt_column: str | None = None,
-) -> CaptionDataset | JointDataset:
-    """One split of each data set, as one; the main process reads first, so that others find datasets' cache."""
-    parts, known_images = [], {}
-    for number, dataset in enumerate(args.dataset):
-        with accelerator.main_process_first():
-            rows = load_rows(dataset, split, args.image_folder)
-        part = CaptionDataset(
-            rows,
-            image_column=args.image_column,
-            text_column=args.text_column,
-            prompt_column=prompt_column,
-            prompt=prompt,
-            clean_captions=args.clean_captions,
-            folder=image_start(dataset, args.image_folder),
-            seed=f"{args.seed}/{number}" if number else args.seed,
-            crop_size=crop_size,
-            draw_text=draw_text,
-            source=(dataset, split),
-            known_images=known_images,
-        )
-        parts.append(part)
-    return JointDataset(parts) if len(parts) > 1 else parts[0]
-
-
-def count_steps(args: PretrainingArguments, num_rows: int, num_processes: int) -> int:
-    """Optimiser steps of the run: max_steps, or as many as num_train_epochs passes over the rows take."""
-    samples = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
-    return args.max_steps or max(1, math.ceil(args.num_train_epochs * num_rows / samples))
 
 
 def seed_training(seed: int, accelerator: Accelerator) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from collators import Stage1Collator
 from torch.utils.data import Dataset
 
+from blip2x_training.data.collators import Stage1Collator
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 
 MODES = ("itc", "itm", "itm+itc", "itm+logits")

@@ -9,31 +9,21 @@ import torch
 from accelerate import Accelerator
 from best import Best
 from checkpoint import is_finished, read_state
-from data import CaptionDataset, JointDataset, make_loader
-from features import use_feature_cache
 from finish import finish
-from inputs import count_steps, load_dataset_split, open_output_dir, output_size, seed_training
+from inputs import open_output_dir, seed_training
 from loop import plain_step, train
 from optim import build_optimizer, learning_rate_at
-from order import BatchOrder, visit_order
-from skipping import record_skips
 
 from blip2x_training.arguments.training import PretrainingArguments
+from blip2x_training.data.bad_rows import record_skips
+from blip2x_training.data.caption_dataset import CaptionDataset, JointDataset, make_loader
+from blip2x_training.data.feature_cache import use_feature_cache
+from blip2x_training.data.image_processor import has_other_size
+from blip2x_training.data.order import BatchOrder, visit_order
+from blip2x_training.data.splits import steps_of
 from blip2x_training.models.lora import LoraCheckpoint, add_lora
 from blip2x_training.reporting.health import Watch, query_similarity
 from modeling_blip2x import Blip2xProcessor
-
-
-def load_splits(
-    args: PretrainingArguments, accelerator: Accelerator, image_processor, prompt: str = ""
-) -> tuple[CaptionDataset | JointDataset, CaptionDataset | JointDataset | None]:
-    """The training split, augmented where asked for, and the validation split or None."""
-    asked = "auto" if "{}" in prompt else None  # a prompt with a place for a question needs one
-    prompt_column = getattr(args, "prompt_column", None) or asked
-    read = functools.partial(load_dataset_split, args, accelerator, prompt=prompt, prompt_column=prompt_column)
-    crop_size = output_size(image_processor) if args.augment else None
-    train_set = read(args.train_split, crop_size=crop_size, draw_text=True)
-    return train_set, read(args.eval_split, crop_size=None, draw_text=False) if args.eval_split else None
 
 
 def already_finished(args: PretrainingArguments, accelerator: Accelerator, max_steps: int) -> bool:
@@ -42,19 +32,6 @@ def already_finished(args: PretrainingArguments, accelerator: Accelerator, max_s
         return False
     accelerator.print(f"{args.output_dir} is finished: {max_steps} steps. Pass --overwrite_output_dir to start over.")
     return True
-
-
-def has_other_size(model: torch.nn.Module, processor: Blip2xProcessor) -> bool:
-    """Whether the processor's images are of another size than the tower was trained at."""
-    size = getattr(model.config.vision_config, "image_size", None)
-    if size is None:
-        return False  # a CNN takes any
-    native = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    return output_size(processor.image_processor) != native
-
-
-def steps_of(args: PretrainingArguments, accelerator: Accelerator, train_set: CaptionDataset | JointDataset) -> int:
-    return count_steps(args, len(train_set), accelerator.num_processes)
 
 
 def warm_up(warmup_steps: int, max_steps: int, accelerator: Accelerator) -> int:

@@ -32,11 +32,11 @@ from evaluation.report import write_report
 from evaluation.results import table, write_results
 from evaluation.samples import EvaluationSet
 from evaluation.scoring import counts, make_records, score
-from inputs import output_size
-from official import evaluation_rows
-from sources import image_start
 
 from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.data.evaluation_formats import evaluation_rows
+from blip2x_training.data.formats import image_start
+from blip2x_training.data.image_processor import output_size
 from blip2x_training.system.fingerprints import weights_fingerprint
 
 

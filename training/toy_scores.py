@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from collators import Stage1Collator
-from data import CaptionDataset
 from PIL import Image
 from retrieval import RetrievalSet, rerank
 from scenes import IMAGE_SIZE, QUESTION_TYPES
-from sources import load_rows
 
+from blip2x_training.data.caption_dataset import CaptionDataset
+from blip2x_training.data.collators import Stage1Collator
+from blip2x_training.data.formats import load_rows
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.images_blip2x import rgb_image

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object, send_to_device
-from collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, collate_images
-from data import CaptionDataset
 
+from blip2x_training.data.caption_dataset import CaptionDataset
+from blip2x_training.data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, collate_images
 from blip2x_training.metrics.caption.scores import caption_scores
 from blip2x_training.metrics.exact_match.scores import exact_match
 from blip2x_training.metrics.vqa_accuracy.scores import vqa_accuracy

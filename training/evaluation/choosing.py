@@ -8,12 +8,20 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from collators import IGNORE, CausalLMCollator, Seq2SeqLMCollator, collate_images, collate_prompts, filler_of, pad
 from evaluation.models import Checkpoint
 from evaluation.samples import COLUMNS
-from rows import Rows
-from transforms import clean_caption
 
+from blip2x_training.data.collators import (
+    IGNORE,
+    CausalLMCollator,
+    Seq2SeqLMCollator,
+    collate_images,
+    collate_prompts,
+    filler_of,
+    pad,
+)
+from blip2x_training.data.rows import Rows
+from blip2x_training.data.transforms import clean_caption
 from modeling_blip2x.outputs_blip2x import Blip2xImageFeatures
 
 PAIRS_AT_ONCE = 64  # (image, candidate), whose logits over the vocabulary are in memory together

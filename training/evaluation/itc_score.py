@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from evaluation.fields import EvaluationArguments
 from evaluation.models import load_checkpoint
 from evaluation.samples import EvaluationSet
-from transforms import clean_caption
 from written import share_work
+
+from blip2x_training.data.transforms import clean_caption
 
 
 def score_by_itc(

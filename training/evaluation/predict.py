@@ -11,11 +11,11 @@ from evaluation.fields import EvaluationArguments
 from evaluation.journal import Journal
 from evaluation.models import Checkpoint
 from evaluation.samples import EvaluationSet
-from images import BadRow
 from retrieval import RetrievalSet, match_shortlists, mode_scores, ranked_scores, shortlists
 from tqdm import tqdm
 from written import itg_writer, language_writer, share_work
 
+from blip2x_training.data.images import BadRow
 from blip2x_training.metrics.retrieval_recall.scores import ranks, retrieval_recall
 
 TOP = 5  # candidates and texts that predictions.json lists

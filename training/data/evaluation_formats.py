@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 
 import datasets
-from rows import Rows, take_split
-from sources import existing, image_start, load_rows, read_json, vqa_rows, whole
+
+from .formats import existing, image_start, load_rows, read_json, vqa_rows, whole
+from .rows import Rows, take_split
 
 FLICKR8K_SPLITS = {"train": "train", "validation": "dev", "test": "test"}  # Flickr_8k.devImages.txt
 IN_THE_IMAGE = re.compile(r"\s+(?:in|on|of|from)?\s*(?:the\s+)?image(\d+)\s*")

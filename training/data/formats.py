@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-from rows import Rows, take_split
-from tars import tar_rows
+
+from .rows import Rows, take_split
+from .tars import tar_rows
 
 Splits = dict[str, Sequence[int]]  # the rows of each split
 SPLIT_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}

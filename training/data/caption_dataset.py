@@ -1,4 +1,4 @@
-"""Data sets of images with texts, indexed by (epoch, row), over the rows that `sources` loads.
+"""Data sets of images with texts, indexed by (epoch, row), over the rows that formats.py loads.
 
 Everything random about a row (drawn caption, crop, flip, prefix split, what stands in for a bad row) comes from (seed,
 epoch, row): no worker or process holds state. The order of rows is in `order`.
@@ -11,13 +11,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from images import BadRow, image_keys, image_name, keep_encoded, number_images, open_image, opened
 from PIL import Image
-from rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
-from skipping import TRIES, ReportedBatches, Reporting, SkipLog
-from transforms import augment_image, clean_caption
 
-from blip2x_training.system.signals import shield_worker
+from ..system.signals import shield_worker
+from .bad_rows import TRIES, ReportedBatches, Reporting, SkipLog
+from .images import BadRow, image_keys, image_name, keep_encoded, number_images, open_image, opened
+from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
+from .transforms import augment_image, clean_caption
 
 Turn = tuple[str, list[str]]  # a question ("" for none) and the texts that answer it, of which each visit draws one
 

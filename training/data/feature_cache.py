@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import CaptionDataset, ImageDataset
-from images import image_mark
 
-from blip2x_training.system.fingerprints import differences, weights_fingerprint
+from ..system.fingerprints import differences, weights_fingerprint
+from .caption_dataset import CaptionDataset, ImageDataset
+from .images import image_mark
 
 STORED = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # numpy has no bfloat16: its bits
 OPEN_SHARDS = 128  # a memory map holds a file descriptor, of which a process commonly has 1024

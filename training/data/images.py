@@ -11,10 +11,11 @@ from pathlib import Path
 import datasets
 import pyarrow.compute
 from PIL import Image
-from rows import Rows
-from tars import read_member
 
 from modeling_blip2x.images_blip2x import open_picture, rgb_image, why_unreadable
+
+from .rows import Rows
+from .tars import read_member
 
 MAX_PIXELS = 2**26  # 67 megapixels, 200 MB as RGB; what is larger counts as a decompression bomb
 ENDS = 4096  # bytes at either end of an embedded image that tell it from others of its length
