@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import run_evaluation
 import torch
-from evaluation import journal
-from evaluation.fields import EvaluationArguments
-from evaluation.lemmatizer import load_lemmatizer
-from evaluation.published import PUBLISHED
 from evaluation_parts import CAPTIONS, coco_file, evaluate, make_photos, make_stage1, make_stage2, put, texts_of
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.evaluation import journal
+from blip2x_training.evaluation.fields import EvaluationArguments
+from blip2x_training.evaluation.lemmatizer import load_lemmatizer
+from blip2x_training.evaluation.published import PUBLISHED
 from blip2x_training.metrics.caption.scores import caption_scores
 from blip2x_training.metrics.vqa_accuracy.scores import vqa_accuracy
 from blip2x_training.models.lora import LoraCheckpoint, add_lora

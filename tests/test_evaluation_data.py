@@ -6,15 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from evaluation.bars import score_bars, type_bars
-from evaluation.cases import choose_records, heading, score_text, tone, wanted
-from evaluation.figures import figure_table
-from evaluation.models import load_checkpoint
-from evaluation.samples import EvaluationSet
 from evaluation_parts import evaluate, make_photos, make_stage1, make_stage2, put, texts_of
-from retrieval import RetrievalSet, match_shortlists, mode_scores, ranked_scores, rerank, shortlists
 
 from blip2x_training.data.evaluation_formats import evaluation_rows
+from blip2x_training.evaluation.evaluated_model import load_checkpoint
+from blip2x_training.evaluation.report.bars import score_bars, type_bars
+from blip2x_training.evaluation.report.cases import choose_records, heading, score_text, tone, wanted
+from blip2x_training.evaluation.report.figures import figure_table
+from blip2x_training.evaluation.retrieval import (
+    RetrievalSet,
+    match_shortlists,
+    mode_scores,
+    ranked_scores,
+    rerank,
+    shortlists,
+)
+from blip2x_training.evaluation.samples import EvaluationSet
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 
 WORDNET = Path(__file__).parent / "fixtures" / "metrics" / "wordnet"
@@ -121,7 +128,7 @@ def retrieval_set(stage1: str, tmp_path: Path, images: int, texts: int, **option
 
 @pytest.mark.parametrize("keep_images", [True, False])
 def test_grouped_pairs_equal_the_plain_pair_loop(stage1, tmp_path, monkeypatch, keep_images):
-    monkeypatch.setattr("retrieval.PAIRS_AT_ONCE", 7)  # images are cut over several groups
+    monkeypatch.setattr("blip2x_training.evaluation.retrieval.PAIRS_AT_ONCE", 7)  # images are cut over several groups
     data = retrieval_set(stage1, tmp_path, images=5, texts=3, batch_size=2, keep_images=keep_images)
     listed = shortlists(data.cosines, 4)
     no_match, match = match_shortlists(data, listed)

@@ -12,8 +12,6 @@ import torch
 from cache_features import Views
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from evaluation.report import embedded
-from evaluation.samples import EvaluationSet
 from picture_files import (
     EVERYWHERE,
     HIDDEN_LEFT,
@@ -30,6 +28,8 @@ from tiny import image_processor
 
 from blip2x_training.data import transforms
 from blip2x_training.data.images import BadRow, open_image, opened
+from blip2x_training.evaluation.report.page import embedded
+from blip2x_training.evaluation.samples import EvaluationSet
 from modeling_blip2x.images_blip2x import FORMATS, orientation_of, rgb_image
 
 

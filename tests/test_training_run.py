@@ -9,7 +9,6 @@ import pretrain_stage1
 import pretrain_stage2
 import pytest
 import torch
-import written
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import image
@@ -25,6 +24,7 @@ from transformers import (
 from blip2x_training.data.caption_dataset import CaptionDataset
 from blip2x_training.data.collators import language_collator
 from blip2x_training.data.formats import load_rows
+from blip2x_training.evaluation import writing
 
 QFORMER = json.dumps(
     {
@@ -188,8 +188,8 @@ def test_stage1_run_folder_is_complete(parts, capsys):
 @pytest.mark.parametrize("llm, prompt", [("opt", "a photo of"), ("t5", "")])
 def test_stage2_from_stage1(parts, tmp_path, llm, prompt, capsys, monkeypatch):
     """It starts from stage 1's Q-Former, learns, leaves the language model alone, and validates what it saves."""
-    texts, figures = [], written.caption_figures
-    monkeypatch.setattr(written, "caption_figures", lambda wrote, wanted: texts.append(wrote) or figures(wrote, wanted))
+    texts, figures = [], writing.caption_figures
+    monkeypatch.setattr(writing, "caption_figures", lambda wrote, wanted: texts.append(wrote) or figures(wrote, wanted))
     flags = ["--max_steps", "6", "--eval_split", "validation", "--eval_steps", "3", "--prompt", prompt]
     lines = stage2(parts, tmp_path / "out", llm, *flags)
     assert "Hand-over from stage 1" in capsys.readouterr().out

@@ -6,10 +6,10 @@ Stage 1 and the fine-tuning of retrieval share the first, stage 2 and every othe
 from chunked import chunked_step
 from loop import plain_step
 from run import fit
-from validation import validate_image_text, validate_language
 
 from blip2x_training.arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
 from blip2x_training.data.collators import Stage1Collator, language_collator
+from blip2x_training.evaluation.validation import validate_image_text, validate_language
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 
 

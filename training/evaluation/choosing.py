@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from evaluation.models import Checkpoint
-from evaluation.samples import COLUMNS
 
-from blip2x_training.data.collators import (
+from modeling_blip2x.outputs_blip2x import Blip2xImageFeatures
+
+from ..data.collators import (
     IGNORE,
     CausalLMCollator,
     Seq2SeqLMCollator,
@@ -20,9 +20,10 @@ from blip2x_training.data.collators import (
     filler_of,
     pad,
 )
-from blip2x_training.data.rows import Rows
-from blip2x_training.data.transforms import clean_caption
-from modeling_blip2x.outputs_blip2x import Blip2xImageFeatures
+from ..data.rows import Rows
+from ..data.transforms import clean_caption
+from .evaluated_model import Checkpoint
+from .samples import COLUMNS
 
 PAIRS_AT_ONCE = 64  # (image, candidate), whose logits over the vocabulary are in memory together
 Rank = Callable[[list[dict]], list[list[float]]]  # for each item a score for each candidate, the best is highest

@@ -9,10 +9,9 @@ The YAML files are the presets: protocols of the paper and of LAVIS.
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.published import PUBLISHED
-from retrieval import MODES
-
-from blip2x_training.arguments.base import doc, looks_like_path
+from ..arguments.base import doc, looks_like_path
+from .published import PUBLISHED
+from .retrieval import MODES
 
 BEAMS = 5  # of every generation in the paper
 CAPTION_PROMPT = "a photo of"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from blip2x_training.system.atomic_files import write_whole
-from blip2x_training.system.fingerprints import differences
+from ..system.atomic_files import write_whole
+from ..system.fingerprints import differences
 
 
 class Journal:

@@ -7,10 +7,10 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from blip2x_training.data.caption_dataset import ImageDataset, fill_prompt
-from blip2x_training.data.images import NO_NAME, BadRow, image_keys, number_images, open_image
-from blip2x_training.data.rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
-from blip2x_training.data.transforms import clean_caption
+from ..data.caption_dataset import ImageDataset, fill_prompt
+from ..data.images import NO_NAME, BadRow, image_keys, number_images, open_image
+from ..data.rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
+from ..data.transforms import clean_caption
 
 COLUMNS = {  # task: where its texts are looked for
     "caption": ("caption", "captions", "text", "text_output"),

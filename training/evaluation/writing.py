@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object, send_to_device
 
-from blip2x_training.data.caption_dataset import CaptionDataset
-from blip2x_training.data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, collate_images
-from blip2x_training.metrics.caption.scores import caption_scores
-from blip2x_training.metrics.exact_match.scores import exact_match
-from blip2x_training.metrics.vqa_accuracy.scores import vqa_accuracy
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.decoding_blip2x import decode_until
+
+from ..data.caption_dataset import CaptionDataset
+from ..data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, collate_images
+from ..metrics.caption.scores import caption_scores
+from ..metrics.exact_match.scores import exact_match
+from ..metrics.vqa_accuracy.scores import vqa_accuracy
 
 CAPTION_TOKENS, ANSWER_TOKENS = 30, 10
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)

@@ -1,6 +1,6 @@
 """The model card: README.md of the checkpoint (what the hub shows) and the same as model_card.md, with these results.
 
-model_card.md at the top of the project is the template: its headings, in its order. A checkpoint without a card gets one
+Its headings are those of model_card.md at the top of the project, in that order. A checkpoint without a card gets one
 whose sections tell of this checkpoint; of one that has a card, only the results of this evaluation are put in, in the
 section Figures and in the metadata, in the place of an earlier evaluation of the same task, data and split.
 """
@@ -9,13 +9,12 @@ import re
 from pathlib import Path
 
 import yaml
-from evaluation.fields import EvaluationArguments
-from evaluation.figures import shown
-from evaluation.models import Checkpoint
-from evaluation.report import title_of
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TEMPLATE = Path(__file__).parents[2] / "model_card.md"
+from ..evaluated_model import Checkpoint
+from ..fields import EvaluationArguments
+from .figures import shown, title_of
+
 NAMES = ("README.md", "model_card.md")
 PIPELINES = {
     "caption": "image-to-text",
@@ -84,8 +83,7 @@ def new_card(args: EvaluationArguments, summary: dict, checkpoint: Checkpoint) -
         "Limits and biases": LIMITS.format(faults=FAULTS[checkpoint.stage], parts=" and ".join(parts)),
         "Licence": f"{args.license} (weights)." if args.license else "Not stated.",
     }
-    headings = re.findall(r"^## (.+)$", TEMPLATE.read_text(encoding="utf-8"), re.MULTILINE)
-    body = "\n\n".join(f"## {heading}\n\n{texts[heading]}".strip() for heading in headings)
+    body = "\n\n".join(f"## {heading}\n\n{text}".strip() for heading, text in texts.items())
     intro = f"BLIP-2, stage {checkpoint.stage}, made with blip2x."
     data = ModelCardData(
         library_name="transformers",

@@ -2,11 +2,12 @@
 
 import numpy as np
 import torch
-from evaluation.models import Checkpoint
 from PIL import Image
 
-from blip2x_training.data.collators import collate_images, collate_prompts
 from modeling_blip2x.images_blip2x import rgb_image
+
+from ...data.collators import collate_images, collate_prompts
+from ..evaluated_model import Checkpoint
 
 SPECIAL = 16  # tokens without a place (class, registers) that a tower may have at most
 

@@ -5,21 +5,21 @@ import io
 from pathlib import Path
 
 import numpy as np
-from evaluation.attention import overlay, query_maps, seen_picture
-from evaluation.bars import Bars, score_bars, type_bars
-from evaluation.cases import REFERENCES, choose_records, heading, image_label, score_text, tone, wanted
-from evaluation.figures import figure_table, label, overall, published_figures, shown, sorted_notes
-from evaluation.models import Checkpoint
-from evaluation.samples import EvaluationSet
 from jinja2 import Environment, FileSystemLoader
 from PIL import Image
 
-from blip2x_training.system.atomic_files import write_whole
 from modeling_blip2x.images_blip2x import rgb_image
+
+from ...system.atomic_files import write_whole
+from ..evaluated_model import Checkpoint
+from ..samples import EvaluationSet
+from .attention import overlay, query_maps, seen_picture
+from .bars import Bars, score_bars, type_bars
+from .cases import REFERENCES, choose_records, heading, image_label, score_text, tone, wanted
+from .figures import figure_table, label, overall, published_figures, shown, sorted_notes, title_of
 
 QUERIES = 8
 PICTURE_SIDE = 320  # pixels of an embedded image
-TITLES = {"caption": "Captions", "vqa": "Answers", "retrieval": "Retrieval", "classification": "Classes"}
 DRAWING, BASE, HIGHEST = 600, 190, 150  # of the page's bars: their width, where they stand, the highest one
 
 
@@ -46,7 +46,7 @@ def write_report(
         heat_question=looked_at.get("question", "") if looked_at else "",
     )
     write_whole(output_dir / "report.html", page.encode())
-    from evaluation.picture import write_picture  # matplotlib takes a second to import
+    from .picture import write_picture  # matplotlib takes a second to import
 
     return [output_dir / "report.html", write_picture(output_dir, summary, records, sections, data, heat, heat_name)]
 
@@ -73,12 +73,6 @@ def page_values(summary: dict, records: list[dict]) -> dict:
         "protocol": [(name.replace("_", " "), value) for name, value in summary["protocol"].items()],
         "bars": bars and drawing_of(bars),
     }
-
-
-def title_of(summary: dict) -> str:
-    protocol = summary["protocol"]
-    names = ", ".join(Path(part).name for part in protocol["data"].split(","))
-    return f"{TITLES[protocol['task']]}: {summary['name']} on {names}, {protocol['split']}"
 
 
 def counted(counts: dict[str, int]) -> str:

@@ -1,5 +1,7 @@
 """The figures of an evaluation as a report writes them: names, numbers, and which stand side by side."""
 
+from pathlib import Path
+
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 NAMES = {
     "itc_score": "ITC score",
@@ -60,3 +62,12 @@ def published_figures(summary: dict) -> dict[str, dict[str, float]]:
 def sorted_notes(notes: list[str]) -> list[str]:
     """Those on comparing with published figures first: who sees the table must not miss them."""
     return sorted(notes, key=lambda note: "comparable" not in note)
+
+
+TITLES = {"caption": "Captions", "vqa": "Answers", "retrieval": "Retrieval", "classification": "Classes"}
+
+
+def title_of(summary: dict) -> str:
+    protocol = summary["protocol"]
+    names = ", ".join(Path(part).name for part in protocol["data"].split(","))
+    return f"{TITLES[protocol['task']]}: {summary['name']} on {names}, {protocol['split']}"

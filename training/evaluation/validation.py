@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from retrieval import RetrievalSet, rerank
-from written import score_itg, score_language
 
-from blip2x_training.data.caption_dataset import CaptionDataset, make_loader
-from blip2x_training.data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
-from blip2x_training.data.order import BatchOrder, EpochOrder
-from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
-from blip2x_training.reporting.meter import MEASURED
 from modeling_blip2x import Blip2xProcessor
+
+from ..data.caption_dataset import CaptionDataset, make_loader
+from ..data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
+from ..data.order import BatchOrder, EpochOrder
+from ..metrics.retrieval_recall.scores import recall_at_k
+from ..reporting.meter import MEASURED
+from .retrieval import RetrievalSet, rerank
+from .writing import score_itg, score_language
 
 
 def validate_image_text(

@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset
 
-from blip2x_training.data.collators import Stage1Collator
-from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
+from ..data.collators import Stage1Collator
+from ..metrics.retrieval_recall.scores import recall_at_k
 
 MODES = ("itc", "itm", "itm+itc", "itm+logits")
 PIECES = 16  # that small sets are cut into at least, for processes to share

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 
-from evaluation.cases import state
+from .cases import state
 
 RANKS = ((1, 1), (2, 2), (3, 3), (4, 5), (6, 10), (11, None))
 MOST_BINS = 10

@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.fields import EvaluationArguments
 from transformers import AutoConfig
 
-from blip2x_training.data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, language_collator
-from blip2x_training.data.image_processor import has_other_size, output_size, resize_to
-from blip2x_training.models.loading import load_model
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.convert import load_transformers
+
+from ..data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, language_collator
+from ..data.image_processor import has_other_size, output_size, resize_to
+from ..models.loading import load_model
+from .fields import EvaluationArguments
 
 LONGEST_PROMPT = 512  # tokens; prompts of an evaluation are not cut
 NEEDS = {  # task: which stage can do it

@@ -3,13 +3,13 @@
 import textwrap
 from pathlib import Path
 
-from evaluation.bars import score_bars, type_bars
-from evaluation.cases import score_text, tone, wanted
-from evaluation.figures import figure_table, label, published_figures, shown, sorted_notes
-from evaluation.report import title_of
-from evaluation.samples import EvaluationSet
 from matplotlib.figure import Figure  # not pyplot: it would keep every figure and look for a screen
 from PIL import Image
+
+from ..samples import EvaluationSet
+from .bars import score_bars, type_bars
+from .cases import score_text, tone, wanted
+from .figures import figure_table, label, published_figures, shown, sorted_notes, title_of
 
 COLUMNS, WRAP, LINES = 4, 42, 3
 WIDTH, PICTURE, LINE = 14.0, 2.3, 0.235  # inches: the report's width, a sample's height, a line of the table
