@@ -10,7 +10,6 @@ from pathlib import Path
 import cache_features
 import numpy as np
 import torch
-from optim import build_optimizer
 from PIL import Image
 from transformers import AutoModel, CLIPImageProcessor
 
@@ -20,6 +19,7 @@ from blip2x_training.data.feature_cache import tower_fingerprint, use_feature_ca
 from blip2x_training.data.formats import load_rows
 from blip2x_training.data.order import BatchOrder, EpochOrder
 from blip2x_training.data.vocabulary import build_tokenizer
+from blip2x_training.engine.optimizer import build_optimizer
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
 
 WORDS = "a man woman dog child two red blue in on the water grass runs jumps stands with ball street snow".split()

@@ -8,11 +8,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from chunked import chunked_step
 from chunked_contrast import SavedBytes
 from tiny import QUERIES, batch, stage1
 from transformers.modeling_outputs import BaseModelOutput
 
+from blip2x_training.engine.chunked_step import chunked_step
 from modeling_blip2x import Blip2xForPreTraining, chunking_blip2x
 from modeling_blip2x.chunking_blip2x import _fetch_of, chunked_backward
 from modeling_blip2x.losses_blip2x import itc_loss, itg_loss, itm_loss, itm_pairs

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from optim import build_optimizer, learning_rate_at, set_learning_rate
 from transformers import Blip2VisionConfig, CLIPVisionConfig, OPTConfig, T5Config
 
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
+from blip2x_training.engine.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from modeling_blip2x import Blip2xConfig, Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xQFormerConfig
 
 CONFIGS = Path(__file__).parents[1] / "training" / "configs"

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import trim_bert
-from objectives import hardness_at
-from optim import build_optimizer, learning_rate_at
 from PIL import Image, ImageOps
 from tiny import QUERIES, batch, bert_tokenizer, image, image_processor, llm_tokenizer, stage1, stage2_processor
 from training_parts import make_image_folder
@@ -20,6 +18,8 @@ from blip2x_training.data.image_processor import output_size
 from blip2x_training.data.images import opened
 from blip2x_training.data.transforms import augment_image, clean_caption, draw_crop
 from blip2x_training.data.vocabulary import build_tokenizer, load_qformer_tokenizer
+from blip2x_training.engine.optimizer import build_optimizer, learning_rate_at
+from blip2x_training.engine.tasks import hardness_at
 from modeling_blip2x.losses_blip2x import draw_hard_negatives
 
 COLUMNS = {"image_column": "image", "text_column": "captions"}

@@ -17,9 +17,10 @@ from pathlib import Path
 import pretrain_stage1
 import pytest
 import torch
-from checkpoint import clear_leftovers, steps_saved
 from processes import PATIENCE, Script, flags, make_parts, steps_logged, until
 from safetensors.torch import load_file
+
+from blip2x_training.engine.checkpoint import clear_leftovers, steps_saved
 
 TRAINING = Path(__file__).parent.parent / "training"
 STEPS = 12
@@ -70,11 +71,11 @@ def die_in_second_save() -> None:
 
 def hold_after(step: int, stopped_goes_on: bool = False) -> None:
     """Nothing happens after the log line of a step, until a kill; or until a signal that is to end the run."""
-    import loop
+    from blip2x_training.engine import train_loop
 
-    log, stops = loop.log, []
+    log, stops = train_loop.log, []
 
-    class Known(loop.StopSignal):
+    class Known(train_loop.StopSignal):
         def __enter__(self):
             stops.append(self)
             return super().__enter__()
@@ -84,7 +85,7 @@ def hold_after(step: int, stopped_goes_on: bool = False) -> None:
         while line["step"] == step and not (stopped_goes_on and stops[-1].number):
             time.sleep(0.01)
 
-    loop.log, loop.StopSignal = log_and_hold, Known
+    train_loop.log, train_loop.StopSignal = log_and_hold, Known
 
 
 def test_killed_three_times_and_equal_to_the_bit(fields, whole, tmp_path):
@@ -170,16 +171,16 @@ def full_disk(size: int):
 
 
 def test_full_disk_is_an_error_that_leaves_the_checkpoint_before(fields, whole, tmp_path, monkeypatch):
-    import loop
+    from blip2x_training.engine import train_loop
 
-    out, save = tmp_path / "out", loop.save_step
+    out, save = tmp_path / "out", train_loop.save_step
 
     def save_on_a_full_disk(output_dir, state, *rest):
         with full_disk(20_000) if state["step"] > 2 else contextlib.nullcontext():  # metrics.jsonl is smaller
             save(output_dir, state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_step", save_on_a_full_disk)
+        patch.setattr(train_loop, "save_step", save_on_a_full_disk)
         with pytest.raises(OSError, match="checkpoint of step 4 could not be written.*The one of step 2 is intact"):
             pretrain_stage1.main(flags({**fields, "output_dir": out}))
     assert steps_saved(out) == [2] and not leftovers(out)
@@ -190,7 +191,7 @@ def test_full_disk_is_an_error_that_leaves_the_checkpoint_before(fields, whole, 
 @pytest.mark.parametrize("named", ["model.safetensors", "tokenizer.json"])
 def test_full_disk_at_the_very_end_leaves_the_checkpoints(fields, whole, tmp_path, monkeypatch, named):
     """The system refuses the root's largest file; without weights, which would be refused first, its tokenizer."""
-    import finish
+    from blip2x_training.engine import finish
 
     out, save, size = tmp_path / "out", finish.save_root, (whole / named).stat().st_size - 1
 

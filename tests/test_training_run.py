@@ -130,16 +130,16 @@ def without_speed(lines: list[dict]) -> list[dict]:
 
 def interrupted_after(step: int, monkeypatch):
     """Let the next run die right after the checkpoint of `step`."""
-    import loop
+    from blip2x_training.engine import train_loop
 
-    save = loop.save_step
+    save = train_loop.save_step
 
     def save_and_die(output_dir, state, *rest):
         save(output_dir, state, *rest)
         if state["step"] == step:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_step", save_and_die)
+    monkeypatch.setattr(train_loop, "save_step", save_and_die)
 
 
 def test_stage1_run_folder_is_complete(parts, capsys):

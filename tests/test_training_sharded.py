@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint import steps_saved
 from processes import PATIENCE, Script, flags, free_port, make_parts, steps_logged, until
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from training_parts import make_language_model
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining
+
+from blip2x_training.engine.checkpoint import steps_saved
 
 ROOT = Path(__file__).parent.parent
 FSDP2 = {  # what `accelerate launch --config_file training/configs/accelerate/fsdp2.yaml` sets
@@ -38,17 +39,17 @@ def no_dropout() -> None:
 
 def no_dropout_and_tell_shares() -> None:
     """Print how much of the parameters this process holds."""
-    import loop
+    from blip2x_training.engine import train_loop
 
     no_dropout()
-    after_prepare = loop.keep_embeddings_whole
+    after_prepare = train_loop.keep_embeddings_whole
 
     def tell(model):
         after_prepare(model)
         held = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in model.parameters())
         print(f"holds {held / sum(p.numel() for p in model.parameters()):.2f} of the model", flush=True)
 
-    loop.keep_embeddings_whole = tell
+    train_loop.keep_embeddings_whole = tell
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +127,10 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 def stop_after_two() -> None:
     """As if SIGTERM had come in the second step."""
-    import loop
+    from blip2x_training.engine import train_loop
 
     no_dropout()
-    agree = loop.agree
+    agree = train_loop.agree
     seen = []
 
     def agree_and_stop(*arguments):
@@ -137,7 +138,7 @@ def stop_after_two() -> None:
         broken, number = agree(*arguments)
         return broken, 15 if len(seen) == 2 else number
 
-    loop.agree = agree_and_stop
+    train_loop.agree = agree_and_stop
 
 
 def test_sharded_run_equals_one_process_and_loads_there(parts, stage_and_whole):

@@ -8,9 +8,6 @@ The same command again continues from the last whole checkpoint. --help lists th
 
 import sys
 
-from inputs import start_run
-from objectives import fit_image_text
-from run import already_finished
 from transformers import AutoProcessor
 
 from blip2x_training.arguments.parsing import parse_arguments
@@ -18,6 +15,9 @@ from blip2x_training.arguments.training import Stage1Arguments
 from blip2x_training.data.image_processor import load_image_processor
 from blip2x_training.data.splits import load_splits, steps_of
 from blip2x_training.data.vocabulary import build_tokenizer, load_qformer_tokenizer
+from blip2x_training.engine.fit import already_finished
+from blip2x_training.engine.start import start_run
+from blip2x_training.engine.tasks import fit_image_text
 from blip2x_training.models.loading import read_stage1_config
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
 

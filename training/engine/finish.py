@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from best import Best, write_best
-from checkpoint import keep_newest, load_best, read_state, save_root, step_folder
 
-from blip2x_training.models.full_tensors import unshard_for_saving
-from blip2x_training.reporting.curves import draw_curves
-from blip2x_training.reporting.health import Watch
-from blip2x_training.reporting.meter import MEASURED, close_trackers, log
-from blip2x_training.system.atomic_files import write_whole
+from ..models.full_tensors import unshard_for_saving
+from ..reporting.curves import draw_curves
+from ..reporting.health import Watch
+from ..reporting.meter import MEASURED, close_trackers, log
+from ..system.atomic_files import write_whole
+from .best import Best, write_best
+from .checkpoint import keep_newest, load_best, read_state, save_root, step_folder
 
 
 def finish(

@@ -3,7 +3,7 @@
 A step's folder holds what training changes: trained tensors, optimiser, random states of each process, and the step
 and number of samples seen, which fix learning rate and data position. Frozen towers are not saved again. Tensors are
 saved by name and in full (`gather`), so a run continues on any number of processes, sharded or not. Every folder
-appears whole or not at all (`durable`).
+appears whole or not at all (system/atomic_files.py).
 """
 
 import json
@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
-from optim import AveragedWeights
 from safetensors.torch import load_file, save_file
 
-from blip2x_training.models.full_tensors import (
+from ..models.full_tensors import (
     optimizer_tensors,
     put_optimizer_tensors,
     put_tensors,
     trained_parameters,
     whole_tensors,
 )
-from blip2x_training.system.atomic_files import clear_unfinished, discard, sync, whole_folder, write_whole
+from ..system.atomic_files import clear_unfinished, discard, sync, whole_folder, write_whole
+from .optimizer import AveragedWeights
 
 
 def random_states() -> dict:

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from blip2x_training.system.atomic_files import write_whole
+from ..system.atomic_files import write_whole
 
 
 @dataclass

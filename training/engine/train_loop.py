@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
-from best import Best, write_best
-from checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
-from optim import AveragedWeights, set_learning_rate
-from sharding import keep_embeddings_whole, plan_sharding
 from tqdm import tqdm
 
-from blip2x_training.models.full_tensors import free_gathered
-from blip2x_training.reporting.health import Watch
-from blip2x_training.reporting.meter import SHOWN, Meter, close_trackers, log, losses_of
-from blip2x_training.system.signals import StopSignal
+from ..models.full_tensors import free_gathered
+from ..reporting.health import Watch
+from ..reporting.meter import SHOWN, Meter, close_trackers, log, losses_of
+from ..system.signals import StopSignal
+from .best import Best, write_best
+from .checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
+from .optimizer import AveragedWeights, set_learning_rate
+from .sharding import keep_embeddings_whole, plan_sharding
 
 
 def plain_step(accelerator: Accelerator, model: torch.nn.Module, inputs: dict):

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
-from checkpoint import clear_output_dir
-from sharding import check_processes, plan_deepspeed, shard_on_cpu
 
-from blip2x_training.arguments.parsing import changed_fields, save_arguments
-from blip2x_training.arguments.training import PretrainingArguments
-from blip2x_training.reporting.trackers import choose_tracker
-from blip2x_training.system.environment import describe_environment
+from ..arguments.parsing import changed_fields, save_arguments
+from ..arguments.training import PretrainingArguments
+from ..reporting.trackers import choose_tracker
+from ..system.environment import describe_environment
+from .checkpoint import clear_output_dir
+from .sharding import check_processes, plan_deepspeed, shard_on_cpu
 
 
 def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Accelerator:

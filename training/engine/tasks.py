@@ -3,14 +3,14 @@
 Stage 1 and the fine-tuning of retrieval share the first, stage 2 and every other fine-tuning the second.
 """
 
-from chunked import chunked_step
-from loop import plain_step
-from run import fit
-
-from blip2x_training.arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
-from blip2x_training.data.collators import Stage1Collator, language_collator
-from blip2x_training.evaluation.validation import validate_image_text, validate_language
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
+
+from ..arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
+from ..data.collators import Stage1Collator, language_collator
+from ..evaluation.validation import validate_image_text, validate_language
+from .chunked_step import chunked_step
+from .fit import fit
+from .train_loop import plain_step
 
 
 def fit_image_text(

@@ -7,23 +7,24 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from best import Best
-from checkpoint import is_finished, read_state
-from finish import finish
-from inputs import open_output_dir, seed_training
-from loop import plain_step, train
-from optim import build_optimizer, learning_rate_at
 
-from blip2x_training.arguments.training import PretrainingArguments
-from blip2x_training.data.bad_rows import record_skips
-from blip2x_training.data.caption_dataset import CaptionDataset, JointDataset, make_loader
-from blip2x_training.data.feature_cache import use_feature_cache
-from blip2x_training.data.image_processor import has_other_size
-from blip2x_training.data.order import BatchOrder, visit_order
-from blip2x_training.data.splits import steps_of
-from blip2x_training.models.lora import LoraCheckpoint, add_lora
-from blip2x_training.reporting.health import Watch, query_similarity
 from modeling_blip2x import Blip2xProcessor
+
+from ..arguments.training import PretrainingArguments
+from ..data.bad_rows import record_skips
+from ..data.caption_dataset import CaptionDataset, JointDataset, make_loader
+from ..data.feature_cache import use_feature_cache
+from ..data.image_processor import has_other_size
+from ..data.order import BatchOrder, visit_order
+from ..data.splits import steps_of
+from ..models.lora import LoraCheckpoint, add_lora
+from ..reporting.health import Watch, query_similarity
+from .best import Best
+from .checkpoint import is_finished, read_state
+from .finish import finish
+from .optimizer import build_optimizer, learning_rate_at
+from .start import open_output_dir, seed_training
+from .train_loop import plain_step, train
 
 
 def already_finished(args: PretrainingArguments, accelerator: Accelerator, max_steps: int) -> bool:
