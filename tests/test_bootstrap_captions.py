@@ -5,15 +5,15 @@ import shutil
 from pathlib import Path
 
 import bootstrap_captions
-import capfilt
-import captioned_rows
 import datasets
 import pytest
 import torch
-from capfilt import Candidate, SeededNucleus, best, candidates_of, score
 from tiny import stage2, stage2_processor
 from training_parts import make_image_folder, make_vision_model, run_stage1
 
+from blip2x_training.capfilt import candidates as capfilt
+from blip2x_training.capfilt import progress
+from blip2x_training.capfilt.candidates import Candidate, SeededNucleus, best, candidates_of, score
 from blip2x_training.data.formats import load_rows
 from blip2x_training.models.loading import load_model
 
@@ -162,7 +162,7 @@ def test_captions_depend_on_seed_and_row_and_not_on_the_batch(parts, tmp_path):
 
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(parts, tmp_path, monkeypatch, capsys):
     whole = bootstrap(parts, tmp_path / "whole")
-    out, drawn, lines = tmp_path / "out", [], captioned_rows.json_lines
+    out, drawn, lines = tmp_path / "out", [], progress.json_lines
 
     def cut_off(records):
         if records[0]["row"] == 6:  # killed while the third batch is being written
@@ -172,7 +172,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(parts, tmp_path, monkey
         return lines(records)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(captioned_rows, "json_lines", cut_off)
+        patch.setattr(progress, "json_lines", cut_off)
         bootstrap(parts, out)
     assert not (out / "train.jsonl").exists()
     with pytest.raises(ValueError, match=r"made otherwise \(top_p was 0.9, is now 0.8\)"):

@@ -8,7 +8,7 @@ OUT/SPLIT.parquet a row: `image`, `captions` (best first), `scores` and `sources
 read are left out and named in OUT/skipped.jsonl.
 
 The same command continues a run that was stopped, and ends with what it would have ended with: an image's captions come from
-(seed, row) alone. Only --batch_size may change on the way, and that may round a logit differently (see capfilt.py).
+(seed, row) alone. Only --batch_size may change on the way, and that may round a logit differently (see candidates.py).
 """
 
 import hashlib
@@ -20,12 +20,20 @@ from pathlib import Path
 
 import datasets
 import torch
-from capfilt import RANKINGS, best, candidates_of, encode_images, numbers_of, sample_captions, score
-from captioned_rows import Progress, json_lines, write_dataset
 from tqdm import tqdm
 
 from blip2x_training.arguments.base import doc
 from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.capfilt.candidates import (
+    RANKINGS,
+    best,
+    candidates_of,
+    encode_images,
+    numbers_of,
+    sample_captions,
+    score,
+)
+from blip2x_training.capfilt.progress import Progress, json_lines, write_dataset
 from blip2x_training.data.caption_dataset import ImageDataset
 from blip2x_training.data.feature_cache import images_fingerprint
 from blip2x_training.data.formats import image_start, load_rows

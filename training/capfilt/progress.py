@@ -9,10 +9,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from blip2x_training.data.caption_dataset import ImageDataset
-from blip2x_training.data.images import image_source
-from blip2x_training.system.atomic_files import write_whole
-from blip2x_training.system.fingerprints import differences
+from ..data.caption_dataset import ImageDataset
+from ..data.images import image_source
+from ..system.atomic_files import write_whole
+from ..system.fingerprints import differences
 
 
 class Progress:

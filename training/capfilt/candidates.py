@@ -13,9 +13,10 @@ from transformers import (
     LogitsProcessorList,
 )
 
-from blip2x_training.data.transforms import clean_caption
-from blip2x_training.models.loading import is_stage1
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor
+
+from ..data.transforms import clean_caption
+from ..models.loading import is_stage1
 
 RANKINGS = ("itc", "itm", "itc+itm")
 
