@@ -9,8 +9,6 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from quickstart import Budget, run_quickstart
-from scenes import QUESTION_TYPES
-from toy_report import misses, table, write_picture
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,6 +19,8 @@ from transformers import (
 )
 
 from blip2x_training.data.formats import load_rows
+from blip2x_training.toy.scenes import QUESTION_TYPES
+from blip2x_training.toy.summary import misses, table, write_picture
 
 TINY = Budget(
     split_sizes={"train": 40, "test_new": 12, "test_held_out": 12},

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from scenes import (
+
+from blip2x_training.toy.scenes import (
     ALL_PAIRS,
     COLORS,
     HELD_OUT_PAIRS,

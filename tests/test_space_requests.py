@@ -15,13 +15,14 @@ import search_tab
 import torch
 import uploads
 import work
-from draw_examples import draw_examples
 from gradio_internals import refuse_addresses
 from mistakes import Mistake
 from PIL import Image, ImageFile
 from settings import RANGES, Settings, check_text, check_texts, check_whole
 from space_server import EXAMPLES, SPACE, WAIT, hold_first_generation
 from tiny import image
+
+from blip2x_training.toy.examples import draw_examples
 
 # What is refused
 

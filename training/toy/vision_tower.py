@@ -5,7 +5,7 @@ lies. Labels cover every colour and shape, the held-out pairs among them, as a l
 questions and relations play no part. It is a transformers `CvtModel`: convolutions embed the pixels, so that 12,000
 pictures suffice, and because nothing in CvT encodes positions, the cell's own place is a target.
 
-    python training/toy_vision.py --output_dir vision_tower --seed 0
+    python -m blip2x_training.toy.vision_tower --output_dir vision_tower --seed 0
 """
 
 import argparse
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scenes import ALL_PAIRS, COLORS, IMAGE_SIZE, RADII, SHAPES, Scene, draw_scene, render
 from torch import nn
 from transformers import CvtConfig, CvtModel, ViTImageProcessorPil
+
+from .scenes import ALL_PAIRS, COLORS, IMAGE_SIZE, RADII, SHAPES, Scene, draw_scene, render
 
 GRID = 6
 CELL = IMAGE_SIZE / GRID  # pixels

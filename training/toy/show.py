@@ -1,6 +1,6 @@
 """Loads a trained checkpoint as any user would, through the Auto classes, and describes scenes of a split.
 
-python training/toy_show.py --model runs/quickstart/stage2 --dataset runs/quickstart/scenes --output_dir shown
+python -m blip2x_training.toy.show --model runs/quickstart/stage2 --dataset runs/quickstart/scenes --output_dir shown
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Draws the example pictures of the Space: a few toy scenes, held-out colour-shape pairs among them, large enough to see.
 
-python training/draw_examples.py --output_dir space_app/examples
+python -m blip2x_training.toy.examples --output_dir space_app/examples
 """
 
 import argparse
@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scenes import ALL_PAIRS, draw_scene, render
+
+from .scenes import ALL_PAIRS, draw_scene, render
 
 SEED, DRAWN = 7, 24
 CHOSEN = (5, 1, 14, 3, 9, 23)

@@ -6,15 +6,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from scenes import IMAGE_SIZE, QUESTION_TYPES
 
-from blip2x_training.data.caption_dataset import CaptionDataset
-from blip2x_training.data.collators import Stage1Collator
-from blip2x_training.data.formats import load_rows
-from blip2x_training.evaluation.retrieval import RetrievalSet, rerank
-from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.images_blip2x import rgb_image
+
+from ..data.caption_dataset import CaptionDataset
+from ..data.collators import Stage1Collator
+from ..data.formats import load_rows
+from ..evaluation.retrieval import RetrievalSet, rerank
+from ..metrics.retrieval_recall.scores import recall_at_k
+from .scenes import IMAGE_SIZE, QUESTION_TYPES
 
 DISTINCT_SCENES = 200  # how many a retrieval chooses among
 SHORTLIST = 16  # best by ITC that ITM ranks again

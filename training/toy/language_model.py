@@ -4,7 +4,7 @@ A document lists the facts of a scene in eight words and then says one thing abo
 its answer. The documents name every colour-shape pair, the held-out ones too, as a large text collection would; no
 picture plays a part. In stage 2 the eight projected queries stand where the facts stood.
 
-    python training/toy_language.py --output_dir language_model --seed 0
+    python -m blip2x_training.toy.language_model --output_dir language_model --seed 0
 """
 
 import argparse
@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scenes import ALL_PAIRS, CAPTION_PROMPT, QUESTION_PROMPT, Scene, ask, draw_scene
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
@@ -22,6 +21,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+from .scenes import ALL_PAIRS, CAPTION_PROMPT, QUESTION_PROMPT, Scene, ask, draw_scene
 
 FACT_WORDS = 8
 WIDTH, LAYERS, HEADS = 64, 3, 4

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from scenes import QUESTION_TYPES
+from .scenes import QUESTION_TYPES
 
 SPLITS = {"test_new": "new scenes", "test_held_out": "held-out combinations"}
 AIMS = {

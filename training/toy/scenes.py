@@ -5,7 +5,7 @@ canonical (left before right, upper before lower), so that an exact match is wel
 held out: the training, dev and test_new splits never show, name or ask about them, and every scene of test_held_out
 shows at least one. Everything is drawn from a seed.
 
-    python training/scenes.py --output_dir scenes --seed 0
+    python -m blip2x_training.toy.scenes --output_dir scenes --seed 0
 
 writes `data/<split>-00000-of-00001.parquet` (PNG bytes inside), which `datasets.load_dataset(folder)` reads.
 """
