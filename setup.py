@@ -55,6 +55,17 @@ setup(
     packages=["modeling_blip2x", "blip2x_training", *(f"blip2x_training.{name}" for name in find_packages("training"))],
     package_dir={"blip2x_training": "training"},
     package_data={"blip2x_training": ["configs/**/*.yaml"], "blip2x_training.evaluation.report": ["*.jinja"]},
+    entry_points={
+        "console_scripts": [
+            "blip2x-stage1 = blip2x_training.pretrain_stage1:command",
+            "blip2x-stage2 = blip2x_training.pretrain_stage2:command",
+            "blip2x-finetune = blip2x_training.finetune:command",
+            "blip2x-evaluate = blip2x_training.run_evaluation:command",
+            "blip2x-cache = blip2x_training.cache_features:command",
+            "blip2x-capfilt = blip2x_training.bootstrap_captions:command",
+            "blip2x-convert = modeling_blip2x.convert:command",
+        ]
+    },
     install_requires=CORE,
     extras_require={
         "train": TRAIN,

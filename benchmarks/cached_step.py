@@ -7,12 +7,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import cache_features
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModel, CLIPImageProcessor
 
+from blip2x_training import cache_features
 from blip2x_training.data.caption_dataset import CaptionDataset, make_loader
 from blip2x_training.data.collators import Stage1Collator
 from blip2x_training.data.feature_cache import tower_fingerprint, use_feature_cache

@@ -45,7 +45,6 @@ def main() -> None:
         sys.exit("error: --device cuda: torch sees no GPU here. Use --device cpu.")
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    sys.path[:0] = [str(ROOT), str(ROOT / "training")]
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}, "
         f"{processor_name(args.device)}, {torch.get_num_threads()} threads",

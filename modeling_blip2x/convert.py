@@ -286,8 +286,13 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join([*notes, f"Converted {arguments.source} to {arguments.out}."]))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

@@ -10,8 +10,8 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tiny models: more threads only wait for one another (six times slower beside a busy core)
 ROOT = Path(__file__).parent.parent
-# As when a script of one of these folders runs: its modules import one another by name.
-sys.path[:0] = [str(ROOT / folder) for folder in ("space_app", "training", "tests", "benchmarks")]
+# Modules of these folders import one another by name.
+sys.path[:0] = [str(ROOT / folder) for folder in ("space_app", "tests", "benchmarks")]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import run_evaluation
 import torch
 from PIL import Image
 from tiny import bert_tokenizer, config, image_processor, liven, stage2, stage2_processor
 
+from blip2x_training import run_evaluation
 from modeling_blip2x import Blip2xConfig, Blip2xForPreTraining, Blip2xProcessor
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255)}

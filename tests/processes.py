@@ -16,7 +16,7 @@ from training_parts import make_image_folder, make_vision_model
 
 # The server looks for what it preloads where PYTHONPATH says, and passes silently over what it does not find.
 TESTS = Path(__file__).parent
-FOLDERS = [str(TESTS.parent / "training"), str(TESTS), os.environ.get("PYTHONPATH")]
+FOLDERS = [str(TESTS), os.environ.get("PYTHONPATH")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, FOLDERS))
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["training_imports"])
@@ -69,7 +69,7 @@ def main(script: str, argv: list[str], output: Path, environment: dict[str, str]
     if patch is not None:
         patch()
     try:
-        importlib.import_module(script).main(argv)
+        importlib.import_module(f"blip2x_training.{script}").main(argv)
     except (ValueError, OSError, FloatingPointError) as error:  # as at the foot of the scripts
         sys.exit(f"error: {error}")
     finally:

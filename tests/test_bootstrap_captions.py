@@ -4,13 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import bootstrap_captions
 import datasets
 import pytest
 import torch
 from tiny import stage2, stage2_processor
 from training_parts import make_image_folder, make_vision_model, run_stage1
 
+from blip2x_training import bootstrap_captions
 from blip2x_training.capfilt import candidates as capfilt
 from blip2x_training.capfilt import progress
 from blip2x_training.capfilt.candidates import Candidate, SeededNucleus, best, candidates_of, score

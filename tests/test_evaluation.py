@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import run_evaluation
 import torch
 from evaluation_parts import CAPTIONS, coco_file, evaluate, make_photos, make_stage1, make_stage2, put, texts_of
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from blip2x_training import run_evaluation
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.evaluation import journal
 from blip2x_training.evaluation.fields import EvaluationArguments

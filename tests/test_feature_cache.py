@@ -5,12 +5,12 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
-import cache_features
 import numpy as np
 import pytest
 import torch
 from training_parts import make_image_folder, make_vision_model, run_stage1
 
+from blip2x_training import cache_features
 from blip2x_training.data.caption_dataset import CaptionDataset, ImageDataset
 from blip2x_training.data.feature_cache import FeatureCache, images_fingerprint, load_features
 from blip2x_training.data.formats import load_rows

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import finetune
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +12,7 @@ from tiny import image
 from training_parts import disable_adapters, make_image_folder, make_language_model, make_vision_model
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 
+from blip2x_training import finetune
 from blip2x_training.data.transforms import clean_caption
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 

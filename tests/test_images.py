@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from cache_features import Views
 from datasets import Dataset
 from datasets import Image as ImageFeature
 from picture_files import (
@@ -26,6 +25,7 @@ from picture_files import (
 from PIL import Image
 from tiny import image_processor
 
+from blip2x_training.cache_features import Views
 from blip2x_training.data import transforms
 from blip2x_training.data.images import BadRow, open_image, opened
 from blip2x_training.evaluation.report.page import embedded

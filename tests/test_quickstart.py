@@ -8,7 +8,6 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from quickstart import Budget, run_quickstart
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from blip2x_training.data.formats import load_rows
+from blip2x_training.quickstart import Budget, run_quickstart
 from blip2x_training.toy.scenes import QUESTION_TYPES
 from blip2x_training.toy.summary import misses, table, write_picture
 

@@ -5,12 +5,12 @@ import random
 import numpy as np
 import pytest
 import torch
-import trim_bert
 from PIL import Image, ImageOps
 from tiny import QUERIES, batch, bert_tokenizer, image, image_processor, llm_tokenizer, stage1, stage2_processor
 from training_parts import make_image_folder
 from transformers import BertConfig, BertModel
 
+from blip2x_training import trim_bert
 from blip2x_training.data.caption_dataset import CaptionDataset
 from blip2x_training.data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from blip2x_training.data.formats import load_rows

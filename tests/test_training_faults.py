@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pretrain_stage1
 import pytest
 import torch
 from processes import PATIENCE, Script, flags, make_parts, steps_logged, until
 from safetensors.torch import load_file
 
+from blip2x_training import pretrain_stage1
 from blip2x_training.engine.checkpoint import clear_leftovers, steps_saved
 
 TRAINING = Path(__file__).parent.parent / "training"

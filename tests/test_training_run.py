@@ -4,9 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import caption_language
-import pretrain_stage1
-import pretrain_stage2
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +18,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from blip2x_training import caption_language, pretrain_stage1, pretrain_stage2
 from blip2x_training.data.caption_dataset import CaptionDataset
 from blip2x_training.data.collators import language_collator
 from blip2x_training.data.formats import load_rows

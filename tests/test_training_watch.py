@@ -3,7 +3,6 @@
 import importlib.util
 import json
 
-import pretrain_stage1
 import pytest
 import tiny
 import torch
@@ -11,6 +10,7 @@ from PIL import Image
 from processes import flags, make_parts
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from blip2x_training import pretrain_stage1
 from blip2x_training.reporting.curves import choose_panels, draw_curves
 from blip2x_training.reporting.health import Watch, mean_cosine, query_similarity
 from blip2x_training.reporting.trackers import choose_tracker

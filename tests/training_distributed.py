@@ -3,13 +3,11 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "training"))
 torch.set_num_threads(1)
 # Dropout draws from each process's own random state; without it the losses of two processes can equal those of one.
 torch.nn.Dropout.forward = lambda self, hidden: hidden
 for script, flags in json.loads(sys.argv[1]):
-    importlib.import_module(script).main(flags)
+    importlib.import_module(f"blip2x_training.{script}").main(flags)

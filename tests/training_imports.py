@@ -5,7 +5,7 @@ import importlib
 import torch
 import transformers
 
-for module in ("pretrain_stage1", "pretrain_stage2", "processes"):
+for module in ("blip2x_training.pretrain_stage1", "blip2x_training.pretrain_stage2", "processes"):
     importlib.import_module(module)
 for name in ("AutoImageProcessor", "AutoModel", "AutoTokenizer"):
     getattr(transformers, name)  # imports its module

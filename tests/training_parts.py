@@ -57,7 +57,7 @@ def make_language_model(folder: Path, name: str, **changes: int) -> Path:
 
 def run_stage1(dataset: Path, tower: Path, out: Path, *flags: str) -> list[dict]:
     """Stage 1 with a tiny Q-Former over such a folder, by the script; returns the lines of metrics.jsonl."""
-    import pretrain_stage1
+    from blip2x_training import pretrain_stage1
 
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     fields = {

@@ -261,8 +261,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{output_dir / split.name}.json: whole")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

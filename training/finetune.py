@@ -101,8 +101,13 @@ def choose_trained_parts(model, train_vision: bool) -> None:
         model.unfreeze_vision()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

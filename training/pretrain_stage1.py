@@ -71,8 +71,13 @@ def qformer_config(fields: dict | None, tokenizer) -> Blip2xQFormerConfig:
     )
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

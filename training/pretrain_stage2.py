@@ -70,8 +70,13 @@ def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForCondit
     return model, processor
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

@@ -94,12 +94,10 @@ class Background:
 
 def run_quickstart(output_dir: Path, seed: int, ablations: bool = False, budget: Budget | None = None) -> dict:
     """Makes all parts, trains, scores and reports below `output_dir`; returns {"full" or ablation: {split: scores}}."""
-    import cache_features
-    import pretrain_stage1
-    import pretrain_stage2
     import transformers
     from datasets import disable_progress_bars
 
+    from blip2x_training import cache_features, pretrain_stage1, pretrain_stage2
     from blip2x_training.toy.scenes import write_scenes
     from blip2x_training.toy.scores import score_generation, score_retrieval
     from blip2x_training.toy.summary import SPLITS, table, write_picture

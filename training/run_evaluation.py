@@ -221,7 +221,8 @@ def finish(
     print("Written: " + ", ".join(map(str, written)))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError) as error:
@@ -229,3 +230,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from what is done.", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    command()

@@ -19,6 +19,8 @@ from transformers import HfArgumentParser
 # peft imports bitsandbytes where it is installed, which then misses an optional package aloud, whatever the command is.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
+CONFIGS = Path(__file__).parents[1] / "configs"
+
 
 def parse_arguments(kind: type, argv: list[str]):
     """Read `argv` (and the YAML file it names) into a dataclass of the given kind.
@@ -74,6 +76,8 @@ def read_yaml(tokens: list[str], parser: HfArgumentParser, kind: type) -> tuple[
     if len(tokens) != 1:
         return {}, [f"--config takes one YAML file, not {tokens}."]
     path = Path(tokens[0])
+    if not path.exists() and (CONFIGS / path).exists():  # a recipe that comes with the package
+        path = CONFIGS / path
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
