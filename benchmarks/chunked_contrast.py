@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
 from modeling_blip2x import Blip2xConfig, Blip2xForPreTraining
-from modeling_blip2x.chunking_blip2x import chunked_backward
+from modeling_blip2x.grad_cache_blip2x import chunked_backward
 
 POSITIONS, WIDTH, LENGTH, VOCABULARY = 50, 768, 24, 5000
 QFORMER = {

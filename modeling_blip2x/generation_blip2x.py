@@ -16,8 +16,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .building_blip2x import build_generative, hand_over
+from .assembling_blip2x import build_generative, hand_over
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
+from .generate_hooks_blip2x import ImagePrompting
 from .language_blip2x import (
     LanguageBackbone,
     LanguageModelSignature,
@@ -28,7 +29,6 @@ from .language_blip2x import (
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
 from .outputs_blip2x import Blip2xForConditionalGenerationOutput, Blip2xImageFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
-from .prompting_blip2x import ImagePrompting
 from .qformer_blip2x import in_own_dtype
 from .vision_blip2x import with_eager_attention
 

@@ -16,15 +16,16 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import can_return_tuple
 
-from .building_blip2x import build_pretraining
+from .assembling_blip2x import build_pretraining
 from .configuration_blip2x import Blip2xQFormerConfig
-from .imagetext_blip2x import Blip2xImageTextModel, ItgHead
+from .imagetext_blip2x import ItgHead
 from .losses_blip2x import itg_loss
-from .outputs_blip2x import Blip2xForPreTrainingOutput, EncodedPairs
+from .matching_blip2x import Blip2xMatchingModel, EncodedPairs
+from .outputs_blip2x import Blip2xForPreTrainingOutput
 from .qformer_blip2x import QFormer
 
 
-class Blip2xForPreTraining(Blip2xImageTextModel):
+class Blip2xForPreTraining(Blip2xMatchingModel):
     """Stage-1 model. `config.objectives` names what is trained; the paper trains all three."""
 
     _warned_of_single_pair = False

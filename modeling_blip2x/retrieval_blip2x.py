@@ -5,12 +5,13 @@ from torch import nn
 from transformers.utils import can_return_tuple
 
 from .configuration_blip2x import Blip2xConfig
-from .imagetext_blip2x import SMALLEST_TEMPERATURE, Blip2xImageTextModel
+from .imagetext_blip2x import SMALLEST_TEMPERATURE
 from .losses_blip2x import image_text_similarity
+from .matching_blip2x import Blip2xMatchingModel
 from .outputs_blip2x import Blip2xRetrievalOutput
 
 
-class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
+class Blip2xForImageTextRetrieval(Blip2xMatchingModel):
     """Retrieval: contrastive logits of images and texts; ITC + ITM loss for fine-tuning."""
 
     def __init__(self, config: Blip2xConfig, vision_model: nn.Module | None = None):

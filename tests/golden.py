@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_blip2x import Blip2xConfig, Blip2xForConditionalGeneration, Blip2xForPreTraining
-from modeling_blip2x.import_blip2x import map_lavis_state_dict
+from modeling_blip2x.convert_from_blip2x import map_lavis_state_dict
 
 FOLDER = Path(__file__).parent / "fixtures" / "golden"
 

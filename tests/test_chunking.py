@@ -13,8 +13,8 @@ from tiny import QUERIES, batch, stage1
 from transformers.modeling_outputs import BaseModelOutput
 
 from blip2x_training.engine.chunked_step import chunked_step
-from modeling_blip2x import Blip2xForPreTraining, chunking_blip2x
-from modeling_blip2x.chunking_blip2x import _fetch_of, chunked_backward
+from modeling_blip2x import Blip2xForPreTraining, grad_cache_blip2x
+from modeling_blip2x.grad_cache_blip2x import _fetch_of, chunked_backward
 from modeling_blip2x.losses_blip2x import itc_loss, itg_loss, itm_loss, itm_pairs
 from modeling_blip2x.outputs_blip2x import Blip2xForPreTrainingOutput
 
@@ -201,7 +201,7 @@ def encodings(chunk_size: int, autocast: Callable) -> tuple[list[torch.Tensor], 
 @pytest.mark.parametrize("chunk_size", [3, 8])
 def test_both_encodings_of_a_chunk_agree_bit_for_bit(chunk_size, autocast, monkeypatch):
     assert all(torch.equal(first, second) for first, second in zip(*encodings(chunk_size, autocast)))
-    monkeypatch.setattr(chunking_blip2x, "_replayed", lambda state, device: contextlib.nullcontext())
+    monkeypatch.setattr(grad_cache_blip2x, "_replayed", lambda state, device: contextlib.nullcontext())
     assert not any(torch.equal(first, second) for first, second in zip(*encodings(chunk_size, autocast)))
 
 

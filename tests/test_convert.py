@@ -21,9 +21,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modeling_blip2x.building_blip2x import load_vision_model
+from modeling_blip2x.assembling_blip2x import load_vision_model
 from modeling_blip2x.convert import convert, main
-from modeling_blip2x.names_blip2x import lavis_names, mmpretrain_names
+from modeling_blip2x.tensor_names_blip2x import lavis_names, mmpretrain_names
 
 SHAPES = {
     "small": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48},

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from modeling_blip2x.convert import convert
-from modeling_blip2x.weights_blip2x import Weight, write_folder
+from modeling_blip2x.weight_files_blip2x import Weight, write_folder
 
 
 def same_file(a, b):

@@ -7,8 +7,8 @@ import torch.multiprocessing as multiprocessing
 from tiny import batch, prompt, stage1, stage2
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_blip2x.chunking_blip2x import chunked_backward
 from modeling_blip2x.distributed_blip2x import average_gradients
+from modeling_blip2x.grad_cache_blip2x import chunked_backward
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg", "itm_accuracy")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from golden import Golden, stage1_model, stage2_model
 
-from modeling_blip2x.import_blip2x import map_lavis_state_dict
+from modeling_blip2x.convert_from_blip2x import map_lavis_state_dict
 
 STAGE2 = ("stage2_opt", "stage2_t5")
 

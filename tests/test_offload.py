@@ -6,7 +6,7 @@ from accelerate import cpu_offload, disk_offload
 from tiny import batch, prompt, stage1, stage2
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForImageTextRetrieval, Blip2xForPreTraining
-from modeling_blip2x.chunking_blip2x import chunked_backward
+from modeling_blip2x.grad_cache_blip2x import chunked_backward
 
 CPU = torch.device("cpu")
 QFORMER = [f"model.qformer.{name}" for name in ("embeddings", "layernorm", "dropout", "layers")]

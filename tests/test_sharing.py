@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from tiny import batch, prompt, stage1, stage1_processor, stage2, stage2_processor
 
 from modeling_blip2x import Blip2xForConditionalGeneration
-from modeling_blip2x.sharing_blip2x import save_with_code
+from modeling_blip2x.saving_code_blip2x import save_with_code
 
 FRESH = """
 import importlib.util, sys, torch

@@ -318,7 +318,7 @@ def test_a_stage1_checkpoint_alone_says_what_it_cannot_do_and_the_cache_goes_wit
 def test_the_folder_alone_suffices_with_a_checkpoint_that_carries_its_code(folders, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from modeling_blip2x.sharing_blip2x import save_with_code
+    from modeling_blip2x.saving_code_blip2x import save_with_code
 
     shutil.copytree(folders[0], tmp_path / "trained")
     (tmp_path / "trained" / "README.md").write_text("---\ndemo: {prompt: a photo of, turns: 0}\n---\n")

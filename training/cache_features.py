@@ -38,7 +38,7 @@ from blip2x_training.data.formats import image_start, load_rows
 from blip2x_training.data.image_processor import load_image_processor, output_size
 from blip2x_training.data.transforms import augment_image
 from blip2x_training.system.fingerprints import differences
-from modeling_blip2x.building_blip2x import load_vision_model
+from modeling_blip2x.assembling_blip2x import load_vision_model
 from modeling_blip2x.vision_blip2x import vision_features
 
 SHARD_BYTES = 10**9  # of a shard where no number of rows is given: what a run that is stopped loses at most

@@ -13,7 +13,7 @@ from PIL import Image
 from space_server import EXAMPLES, SPACE, WAIT, clean_environment, copy_of_the_app, save_tiny, serving
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_blip2x.sharing_blip2x import save_with_code
+from modeling_blip2x.saving_code_blip2x import save_with_code
 
 pytestmark = pytest.mark.releases
 ROOT = SPACE.parent

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from modeling_blip2x.chunking_blip2x import chunked_backward
 from modeling_blip2x.distributed_blip2x import average_gradients
+from modeling_blip2x.grad_cache_blip2x import chunked_backward
 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
@@ -15,7 +15,7 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 def chunked_step(chunk_size: int) -> Callable:
     """What `train` takes as forward_backward.
 
-    Loss scale, accumulation and autocast are accelerate's. DDP is passed by: see `chunking_blip2x`.
+    Loss scale, accumulation and autocast are accelerate's. DDP is passed by: see `grad_cache_blip2x`.
     """
 
     def step(accelerator: Accelerator, model: torch.nn.Module, inputs: dict):

@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from .configuration_blip2x import Blip2xConfig
-from .names_blip2x import lavis_names, transformers_names
-from .weights_blip2x import Weight, read_weights
+from .tensor_names_blip2x import lavis_names, transformers_names
+from .weight_files_blip2x import Weight, read_weights
 
 TEMPERATURE_NOTE = "The ITC temperature is lost: transformers' retrieval class gives plain cosines."
 ITG_NOTE = "The ITG head is lost: transformers' retrieval class cannot caption."

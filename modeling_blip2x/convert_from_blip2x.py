@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from .building_blip2x import load_language_model, load_vision_model
+from .assembling_blip2x import load_language_model, load_vision_model
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .generation_blip2x import Blip2xForConditionalGeneration
 from .imagetext_blip2x import TEMPERATURE, ItgHead
-from .names_blip2x import NameTable, lavis_names, mmpretrain_names, transformers_names
 from .pretraining_blip2x import Blip2xForPreTraining
-from .weights_blip2x import Weight, read_weights
+from .tensor_names_blip2x import NameTable, lavis_names, mmpretrain_names, transformers_names
+from .weight_files_blip2x import Weight, read_weights
 
 TOWER, LLM = "model.vision_model.", "language_model."
 COPY_OF = {  # in the official model these are the same parameter under two names

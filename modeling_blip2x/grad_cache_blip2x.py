@@ -34,7 +34,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .distributed_blip2x import batch_sizes, fetch_rows, global_share, global_sum, rank
 from .losses_blip2x import image_text_similarity, itg_sum, itm_pairs, itm_sums
-from .outputs_blip2x import Blip2xForPreTrainingOutput, Blip2xTextFeatures, EncodedPairs
+from .matching_blip2x import EncodedPairs
+from .outputs_blip2x import Blip2xForPreTrainingOutput, Blip2xTextFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
 
 
