@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", help="JSON file for the figures.")
     arguments = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from space_server import EXAMPLES, save_tiny, serving
+    from tests.helpers.space_server import EXAMPLES, save_tiny, serving
 
     with tempfile.TemporaryDirectory() as folder:
         folders = save_tiny(Path(folder))
