@@ -1,6 +1,6 @@
 """Memory and time of a stage-1 step, plain and in chunks (`itc_chunk_size`), for a mid-size Q-Former on the CPU.
 
-    python benchmarks/chunked_contrast.py --batches 32 64 --chunk 8
+    python -m benchmarks.chunked_contrast --batches 32 64 --chunk 8
 
 Every line is measured in a process of its own: bytes that autograd holds at most, beside parameters and inputs; growth of
 the process's peak memory during the first step (gradients of the parameters among it); CPU seconds, with one thread, of

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from measure import Row, alternating_seconds
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
+from benchmarks.measure import Row, alternating_seconds
 from modeling_blip2x import Blip2xConfig, Blip2xForPreTraining
 from tests.helpers.saved_bytes import SavedBytes
 

@@ -1,6 +1,6 @@
 """Many visitors of the Space at once: errors, mixed-up answers, seconds a request, memory before and after.
 
-    python benchmarks/space_load.py [--clients 20] [--requests 50] [--output load.json]
+    PYTHONPATH=space_app python -m benchmarks.space_load [--clients 20] [--requests 50] [--output load.json]
 
 A Space with a tiny random model runs on loopback. Each client asks random questions of random pictures; what the model says
 to each pair is computed before, so that an answer that belongs to another visitor shows. Exits with 1 on any error or
@@ -20,8 +20,6 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "space_app"), str(ROOT)]
 WORDS = ("red", "blue", "green", "two", "left", "right", "above", "below")
 SETTINGS = {"num_beams": 1, "max_length": 8}
 

@@ -1,7 +1,7 @@
 """What a training step sends: predicted by formula, and counted in two processes.
 
-    python benchmarks/traffic.py            # counts on tiny models beside the prediction
-    python benchmarks/traffic.py --table    # docs/scale.md's table, for the sizes of the paper
+    python -m benchmarks.traffic            # counts on tiny models beside the prediction
+    python -m benchmarks.traffic --table    # docs/scale.md's table, for the sizes of the paper
 
 `Exchange` counts what a rank hands to torch.distributed's functions. What goes over the wire is that times (n - 1) for
 all_gather, 2 (n - 1) / n for all_reduce (ring), and what is for other ranks for all_to_all.

@@ -1,6 +1,6 @@
 """All measurements side by side: ours against the plain algorithm, transformers' BLIP-2 and the machine's limit.
 
-    python benchmarks/run.py --suite all --device cpu --output benchmarks.json
+    python -m benchmarks.suite --suite all --device cpu --output benchmarks.json
 
 Random weights of real sizes, no network. Both sides of a line run in turns in this process or in a process each, after a
 warm-up; medians of what there is time for, on a CPU from one (the large batch of stage 1) to five. All suites take about a
@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import transformers
 
-ROOT = Path(__file__).parent.parent
 SUITES = (  # modules with run(device) -> rows
     "stage1_step",
     "flop_rate",
@@ -53,7 +52,7 @@ def main() -> None:
     rows = []
     for suite in SUITES if "all" in args.suite else args.suite:
         start = time.perf_counter()
-        found = importlib.import_module(suite).run(args.device)
+        found = importlib.import_module(f"benchmarks.{suite}").run(args.device)
         rows += found
         print(f"\n{suite}, {time.perf_counter() - start:.0f} s\n{table(found)}", flush=True)
         if args.output:  # after each suite: what is measured is not lost with what comes
