@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .assembling_blip2x import build_generative, hand_over
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
-from .generate_hooks_blip2x import ImagePrompting
+from .image_prompt_blip2x import ImagePrompting
 from .language_blip2x import (
     LanguageBackbone,
     LanguageModelSignature,

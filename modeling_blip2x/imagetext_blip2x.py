@@ -12,17 +12,12 @@ from transformers.activations import ACT2FN
 from transformers.utils import can_return_tuple
 
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
-from .losses_blip2x import (
-    image_text_similarity,
-    itc_loss,
-    sigmoid_itc_loss,
-)
+from .losses_blip2x import image_text_similarity
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
 from .outputs_blip2x import (
     Blip2xImageFeatures,
     Blip2xMultimodalFeatures,
     Blip2xTextFeatures,
-    Contrast,
     chosen_hidden_states,
 )
 from .qformer_blip2x import KeyValues, in_own_dtype, select_images
@@ -255,9 +250,3 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 
     def _itm_logits_of(self, input_ids: torch.Tensor, mask: torch.Tensor, image: tuple) -> torch.Tensor:
         return in_own_dtype(self.itm_head, self._multimodal_queries(input_ids, mask, image)).mean(dim=1)
-
-    def itc_loss(self, contrast: Contrast) -> torch.Tensor:
-        """ITC over the global batch, by the softmax of the paper or by SigLIP's sigmoid."""
-        if self.itc_bias is not None:
-            return sigmoid_itc_loss(contrast.logits_per_image, contrast.positives, self.itc_bias)
-        return itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)

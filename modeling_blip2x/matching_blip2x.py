@@ -15,9 +15,11 @@ from .losses_blip2x import (
     ItmPairs,
     draw_hard_negatives,
     image_text_similarity,
+    itc_loss,
     itm_loss,
     itm_pairs,
     positive_pairs,
+    sigmoid_itc_loss,
     uniform_numbers,
 )
 from .outputs_blip2x import Blip2xModelOutput, Blip2xTextFeatures, chosen_hidden_states
@@ -152,6 +154,12 @@ class Blip2xMatchingModel(Blip2xImageTextModel):
             positives=positive_pairs(local_ids, all_ids),
             text=text,
         )
+
+    def itc_loss(self, contrast: Contrast) -> torch.Tensor:
+        """ITC over the global batch, by the softmax of the paper or by SigLIP's sigmoid."""
+        if self.itc_bias is not None:
+            return sigmoid_itc_loss(contrast.logits_per_image, contrast.positives, self.itc_bias)
+        return itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
 
     @staticmethod
     def outputs_of(
