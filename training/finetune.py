@@ -1,6 +1,6 @@
 """Fine-tuning on one task: caption, vqa, instruct (stage-2 models) or retrieval (stage-1 models); section 4.
 
-    accelerate launch training/finetune.py --config training/configs/finetune_vqa.yaml --task vqa \
+    accelerate launch training/finetune.py --config training/configs/paper/finetune_vqa.yaml --task vqa \
         --dataset DIR --init_from STAGE2 --output_dir OUT
 
 The language model stays frozen (`--lora lm` adds an adapter), the Q-Former trains, and with `--train_vision true` the
@@ -16,16 +16,19 @@ from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.training import FinetuneArguments
 from blip2x_training.data.image_processor import load_image_processor
 from blip2x_training.data.splits import load_splits, steps_of
-from blip2x_training.engine.fit import already_finished
+from blip2x_training.engine.fit import already_finished, fit
 from blip2x_training.engine.start import start_run
-from blip2x_training.engine.tasks import fit_image_text, fit_language
+from blip2x_training.engine.tasks import image_text_task, language_task
 from blip2x_training.models.quantize import four_bits, load_language_model_in_4bit, mark_as_quantized
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
+from modeling_blip2x.configuration_blip2x import OBJECTIVES
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(FinetuneArguments, sys.argv[1:] if argv is None else argv)
-    accelerator = start_run(args, unused_parameters=args.task == "retrieval" and len(args.objectives) < 3)
+    accelerator = start_run(
+        args, unused_parameters=args.task == "retrieval" and set(args.objectives) != set(OBJECTIVES)
+    )
     image_processor = load_image_processor(args.init_from, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor, args.prompt)
     if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
@@ -42,14 +45,16 @@ def tune_retrieval(args, accelerator, image_processor, train_set, eval_set) -> N
     model.config.objectives = args.objectives
     processor = Blip2xProcessor(image_processor, AutoProcessor.from_pretrained(args.init_from).tokenizer)
     choose_trained_parts(model, args.train_vision)
-    fit_image_text(args, accelerator, model, processor, train_set, eval_set)
+    task = image_text_task(args, accelerator, model, processor, eval_set)
+    fit(args, accelerator, model, processor, train_set, eval_set, task)
 
 
 def tune_language(args, accelerator, image_processor, train_set, eval_set) -> None:
     """The language model's loss on caption, answer or output, given image and prompt (sections 4.2 and 4.3)."""
     model, processor = load_language_side(args, image_processor)
     choose_trained_parts(model, args.train_vision)
-    fit_language(args, accelerator, model, processor, train_set, eval_set)
+    task = language_task(args, accelerator, model, processor, eval_set)
+    fit(args, accelerator, model, processor, train_set, eval_set, task)
 
 
 def load_language_side(args, image_processor) -> tuple[Blip2xForConditionalGeneration, Blip2xProcessor]:

@@ -15,16 +15,17 @@ from blip2x_training.arguments.training import Stage1Arguments
 from blip2x_training.data.image_processor import load_image_processor
 from blip2x_training.data.splits import load_splits, steps_of
 from blip2x_training.data.vocabulary import build_tokenizer, load_qformer_tokenizer
-from blip2x_training.engine.fit import already_finished
+from blip2x_training.engine.fit import already_finished, fit
 from blip2x_training.engine.start import start_run
-from blip2x_training.engine.tasks import fit_image_text
+from blip2x_training.engine.tasks import image_text_task
 from blip2x_training.models.loading import read_stage1_config
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
+from modeling_blip2x.configuration_blip2x import OBJECTIVES
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Stage1Arguments, sys.argv[1:] if argv is None else argv)
-    accelerator = start_run(args, unused_parameters=len(args.objectives) < 3)
+    accelerator = start_run(args, unused_parameters=set(args.objectives) != set(OBJECTIVES))
     if args.init_from:
         read_stage1_config(args.init_from)  # before anything slow
 
@@ -34,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     if args.init_from:
-        model = Blip2xForPreTraining.from_pretrained(args.init_from)
+        itc_loss = {} if args.itc_loss is None else {"itc_loss": args.itc_loss}
+        model = Blip2xForPreTraining.from_pretrained(args.init_from, **itc_loss)
         model.config.objectives = args.objectives
         tokenizer = AutoProcessor.from_pretrained(args.init_from).tokenizer
     else:
@@ -52,10 +54,12 @@ def main(argv: list[str] | None = None) -> None:
             image_text_hidden_size=args.image_text_hidden_size,
             vision_feature_layer=args.vision_feature_layer,
             objectives=args.objectives,
+            itc_loss=args.itc_loss or "softmax",
         )
     processor = Blip2xProcessor(image_processor, tokenizer)
     model.freeze_unimodal()
-    fit_image_text(args, accelerator, model, processor, train_set, eval_set)
+    task = image_text_task(args, accelerator, model, processor, eval_set)
+    fit(args, accelerator, model, processor, train_set, eval_set, task)
 
 
 def qformer_config(fields: dict | None, tokenizer) -> Blip2xQFormerConfig:

@@ -14,9 +14,9 @@ from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.training import Stage2Arguments
 from blip2x_training.data.image_processor import load_image_processor
 from blip2x_training.data.splits import load_splits, steps_of
-from blip2x_training.engine.fit import already_finished
+from blip2x_training.engine.fit import already_finished, fit
 from blip2x_training.engine.start import start_run
-from blip2x_training.engine.tasks import fit_language
+from blip2x_training.engine.tasks import language_task
 from blip2x_training.models.loading import read_stage1_config
 from blip2x_training.models.quantize import load_language_model_in_4bit, mark_as_quantized
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor, Blip2xQFormerConfig
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.load_in_4bit:
         mark_as_quantized(model)
     model.freeze_unimodal()
-    fit_language(args, accelerator, model, processor, train_set, eval_set)
+    task = language_task(args, accelerator, model, processor, eval_set)
+    fit(args, accelerator, model, processor, train_set, eval_set, task)
 
 
 def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForConditionalGeneration, Blip2xProcessor]:

@@ -132,10 +132,11 @@ def hold_first_generation(class_, held: Callable[[], object] = lambda: None) -> 
 def held_app(folder: Path) -> Path:
     """A script that runs the app with `hold_first_generation`; the file `held` beside it appears when it is held."""
     script = folder / "held_app.py"
-    paths = [str(SPACE), str(Path(__file__).parents[1]), str(ROOT)]
+    paths = [str(SPACE), str(Path(__file__).parents[2])]
     script.write_text(
         f"import pathlib, sys; sys.path[:0] = {paths!r}; sys.argv[0] = 'app.py'\n"
-        "import app, space_server, work\n"
+        "import app, work\n"
+        "from tests.helpers import space_server\n"
         "held = pathlib.Path(__file__).with_name('held').touch\n"
         "work.StopWhenTold.__call__ = space_server.hold_first_generation(work.StopWhenTold, held)\n"
         "app.main()\n"

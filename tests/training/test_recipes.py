@@ -8,7 +8,7 @@ from transformers import Blip2VisionConfig, CLIPVisionConfig, OPTConfig, T5Confi
 
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
-from blip2x_training.engine.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from blip2x_training.engine.optimizer import Schedule, build_optimizer, set_learning_rate
 from modeling_blip2x import Blip2xConfig, Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xQFormerConfig
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -48,7 +48,8 @@ def kind_of(path: Path) -> type:
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*stage*.yaml")) + sorted(PAPER.glob("finetune*")), ids=str)
 def test_every_recipe_is_read(path):
     kind = kind_of(path)
-    flags = ["--init_from", "o"] + (["--language_model", "l"] if kind is Stage2Arguments else [])
+    flags = ["--vision_model", "v"] if kind is Stage1Arguments else ["--init_from", "o"]
+    flags += ["--language_model", "l"] if kind is Stage2Arguments else []
     assert read(path, kind, *flags).output_dir == "o"
 
 
@@ -156,7 +157,7 @@ def test_layer_decay_reaches_the_optimiser():
         betas=(args.adam_beta1, args.adam_beta2),
         layer_decay=args.layer_decay,
     )
-    peak = learning_rate_at(1000, max_steps=2000, warmup_steps=1000, peak=args.learning_rate, floor=0)
+    peak = Schedule(max_steps=2000, warmup_steps=1000, peak=args.learning_rate, floor=0).rate_at(1000)
     set_learning_rate(optimizer, peak)
     rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(rates)

@@ -16,7 +16,7 @@ from blip2x_training.data.image_processor import output_size
 from blip2x_training.data.images import opened
 from blip2x_training.data.transforms import augment_image, clean_caption, draw_crop
 from blip2x_training.data.vocabulary import build_tokenizer, load_qformer_tokenizer
-from blip2x_training.engine.optimizer import build_optimizer, learning_rate_at
+from blip2x_training.engine.optimizer import Schedule, build_optimizer
 from blip2x_training.engine.tasks import hardness_at
 from modeling_blip2x.losses_blip2x import draw_hard_negatives
 from tests.helpers.tiny import (
@@ -206,7 +206,8 @@ def test_prefix_language_modelling_splits_before_the_midpoint():
 
 
 def test_learning_rate_warms_up_then_follows_a_cosine():
-    rate = [learning_rate_at(step, max_steps=100, warmup_steps=10, peak=1e-4, floor=1e-5) for step in range(101)]
+    schedule = Schedule(max_steps=100, warmup_steps=10, peak=1e-4, floor=1e-5)
+    rate = [schedule.rate_at(step) for step in range(101)]
     assert rate[0] == pytest.approx(1e-6) and rate[5] == pytest.approx(5.05e-5) and rate[10] == pytest.approx(1e-4)
     assert rate[55] == pytest.approx(5.5e-5) and rate[100] == pytest.approx(1e-5)
     assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
@@ -252,7 +253,7 @@ def test_harder_negatives_are_more_alike(monkeypatch):
         drawn.append(draw_hard_negatives(logits, positives, uniform))
         return drawn[-1]
 
-    monkeypatch.setattr("modeling_blip2x.imagetext_blip2x.draw_hard_negatives", told)
+    monkeypatch.setattr("modeling_blip2x.matching_blip2x.draw_hard_negatives", told)
     means = {}
     for hardness in (0.0, 1.0, 1000.0):
         drawn.clear()

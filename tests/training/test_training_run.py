@@ -181,7 +181,7 @@ def test_a_mistake_leaves_no_folder_and_no_earlier_run_harmed(parts, tmp_path):
     with pytest.raises(ValueError, match="--init_from .*tower holds a clip_vision_model model"):
         stage2(parts, out, "opt", "--init_from", str(parts / "tower"), "--overwrite_output_dir")
     assert metrics(out) == before and (out / "model.safetensors").exists()
-    with pytest.raises(ValueError, match="--language_model is /nowhere: there is no such folder"):
+    with pytest.raises(ValueError, match="--language_model is /nowhere: there is no such file or folder"):
         stage2(parts, out, "opt", "--language_model", "/nowhere")
 
 

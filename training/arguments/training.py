@@ -5,15 +5,17 @@
 Names follow `transformers.TrainingArguments` where it has one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from .base import doc, looks_like_path
+from modeling_blip2x.configuration_blip2x import ITC_LOSSES, OBJECTIVES
+
+from .base import BIG, TINY, Arguments, doc, looks_like_path
 
 
 @dataclass
-class PretrainingArguments:
-    """What both stages need."""
+class RunArguments(Arguments):
+    """What every training needs: data, a schedule, and how often it is logged, validated and saved."""
 
     output_dir: str | None = doc(None, "Folder of the run. Its root becomes a complete checkpoint. Required.")
     dataset: list[str] = doc(
@@ -42,19 +44,6 @@ class PretrainingArguments:
     image_size: int | None = doc(None, "Side of the square image in pixels; null takes the image processor's own.")
     feature_cache: str | None = doc(
         None, "Folder written by cache_features.py: skips the frozen tower; needs augment false."
-    )
-
-    vision_model: str | None = doc(None, "Id or folder of the frozen vision tower. Required unless init_from is given.")
-    vision_feature_layer: int = doc(-1, "Hidden layer of the tower to use; -2 for CLIP ViT-L.")
-    num_query_tokens: int = doc(32, "Number of learned queries.")
-    qformer_init: str | None = doc(
-        None, "Id or folder of a BERT checkpoint that initialises the Q-Former; null for random."
-    )
-    qformer_config: dict | str | None = doc(
-        None, "Q-Former config fields (a mapping; JSON on the command line) for random init."
-    )
-    qformer_tokenizer: str | None = doc(
-        None, "Id or folder of the Q-Former's tokenizer; null takes qformer_init's or builds one."
     )
 
     lora: str | None = doc(
@@ -113,16 +102,41 @@ class PretrainingArguments:
     def best_is_greatest(self) -> bool:
         return "loss" not in self.metric_for_best_model if self.greater_is_better is None else self.greater_is_better
 
-    def required(self) -> list[str]:
-        return ["output_dir", "dataset"]
+    # What only some trainings have as a field, and every training reads.
+    prompt_column = None
+    layer_decay = 1.0
+    load_in_4bit = False
+
+    REQUIRED = ("output_dir", "dataset")
+    PATHS = ("image_folder",)
+    RANGES = {
+        "max_skip_fraction": (0, 1),
+        "max_text_length": (2, BIG),
+        "image_size": (1, BIG),
+        "max_steps": (1, BIG),
+        "num_train_epochs": (TINY, BIG),
+        "per_device_train_batch_size": (1, BIG),
+        "per_device_eval_batch_size": (1, BIG),
+        "gradient_accumulation_steps": (1, BIG),
+        "learning_rate": (TINY, 10),
+        "min_learning_rate": (0, 10),
+        "warmup_steps": (0, BIG),
+        "weight_decay": (0, 1),
+        "adam_beta1": (0, 0.999999),
+        "adam_beta2": (0, 0.999999),
+        "max_grad_norm": (0, BIG),
+        "ema_decay": (0, 0.999999),
+        "seed": (0, 2**32 - 1),
+        "dataloader_num_workers": (0, 1024),
+        "logging_steps": (1, BIG),
+        "eval_steps": (1, BIG),
+        "eval_samples": (0, BIG),
+        "save_steps": (1, BIG),
+        "save_total_limit": (1, BIG),
+    }
 
     def problems(self) -> list[str]:
-        """What is wrong with the values, one sentence each: flag, value, fix."""
-        found = [
-            f"--{name} is missing. Pass --{name} VALUE or set it in the YAML file."
-            for name in self.required()
-            if not getattr(self, name)
-        ]
+        found = super().problems()
         for dataset in self.dataset:
             pattern = any(character in dataset for character in "*?{") or ".json," in dataset
             if looks_like_path(dataset) and not pattern and not Path(dataset).exists():
@@ -137,21 +151,6 @@ class PretrainingArguments:
             found.append(f"--dataset_weights is {self.dataset_weights}, but all must be above 0. Leave a data set out.")
         if self.feature_cache and len(self.dataset) > 1:
             found.append("--feature_cache is of one data set, but --dataset names several. Drop one.")
-        for name in (
-            "image_folder",
-            "vision_model",
-            "qformer_init",
-            "qformer_tokenizer",
-            "init_from",
-            "language_model",
-        ):
-            value = getattr(self, name, None)
-            if value and looks_like_path(value) and not Path(value).exists():
-                found.append(f"--{name} is {value}: there is no such folder. Check the path, or give a hub id.")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name, None)
-            if value is not None and not low <= value <= high:
-                found.append(f"--{name} is {value}, but must lie between {low:g} and {high:g}.")
         if self.bf16 and self.fp16:
             found.append("--bf16 and --fp16 are both true. Choose one.")
         if self.feature_cache and self.augment:
@@ -161,7 +160,7 @@ class PretrainingArguments:
             )
         if self.merge_lora and not self.lora:
             found.append("--merge_lora is true, but there is no --lora. Name a part, or leave it out.")
-        if self.merge_lora and getattr(self, "load_in_4bit", False):
+        if self.merge_lora and self.load_in_4bit:
             found.append(
                 "--merge_lora and --load_in_4bit are both true. Merging into 4 bits loses the adapter: drop one."
             )
@@ -180,12 +179,54 @@ class PretrainingArguments:
 
 
 @dataclass
-class Stage1Arguments(PretrainingArguments):
+class NewModelArguments(RunArguments):
+    """A run that builds its model, from a vision tower or from an earlier stage."""
+
+    init_from: str | None = doc(None, "Stage-1 folder to go on from; it brings its tower, Q-Former and queries.")
+    vision_model: str | None = doc(None, "Id or folder of the frozen vision tower. Required unless init_from is given.")
+    vision_feature_layer: int = doc(-1, "Hidden layer of the tower to use; -2 for CLIP ViT-L.")
+    num_query_tokens: int = doc(32, "Number of learned queries.")
+    qformer_init: str | None = doc(
+        None, "Id or folder of a BERT checkpoint that initialises the Q-Former; null for random."
+    )
+    qformer_config: dict | str | None = doc(
+        None, "Q-Former config fields (a mapping; JSON on the command line) for random init."
+    )
+
+    PATHS = (*RunArguments.PATHS, "init_from", "vision_model", "qformer_init")
+    RANGES = {**RunArguments.RANGES, "num_query_tokens": (1, BIG)}
+    OF_NEW_MODELS = ("vision_model", "vision_feature_layer", "num_query_tokens", "qformer_init", "qformer_config")
+
+    def required(self) -> list[str]:
+        return super().required() + ([] if self.init_from else ["vision_model"])
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.init_from:
+            defaults = {item.name: item.default for item in fields(self)}
+            given = [name for name in self.OF_NEW_MODELS if getattr(self, name) != defaults[name]]
+            found += [f"--{name} has no effect with --init_from, which brings its own. Leave it out." for name in given]
+        if self.qformer_init and self.qformer_config:
+            found.append(
+                "--qformer_init and --qformer_config are both given. A BERT checkpoint brings its own shape: drop one."
+            )
+        return found
+
+
+@dataclass
+class Stage1Arguments(NewModelArguments):
     """Stage 1: representation learning with the frozen vision tower."""
 
     init_from: str | None = doc(None, "Stage-1 folder to continue from with fresh optimiser and schedule.")
+    qformer_tokenizer: str | None = doc(
+        None, "Id or folder of the Q-Former's tokenizer; null takes qformer_init's or builds one."
+    )
     image_text_hidden_size: int = doc(256, "Width of the space in which ITC compares images and texts.")
-    objectives: list[str] = doc(["itc", "itm", "itg"], "Losses that are computed and trained.")
+    objectives: list[str] = doc(list(OBJECTIVES), "Losses that are computed and trained.")
+    itc_loss: str | None = doc(
+        None,
+        "softmax over the batch (the paper), or sigmoid for each pair (SigLIP); null: as init_from was trained, or softmax.",
+    )
     hard_negative_steps: int = doc(
         0,
         "Steps over which ITM's negatives go from evenly drawn to the paper's hard ones. 0: hard from the start, as in "
@@ -201,24 +242,29 @@ class Stage1Arguments(PretrainingArguments):
     )
     rerank_k: int = doc(16, "Candidates that ITM re-ranks in the validation at the end; 0 for no re-ranking.")
 
-    def required(self) -> list[str]:
-        return super().required() + ([] if self.init_from else ["vision_model"])
+    PATHS = (*NewModelArguments.PATHS, "qformer_tokenizer")
+    CHOICES = {"objectives": OBJECTIVES, "itc_loss": ITC_LOSSES}
+    RANGES = {
+        **NewModelArguments.RANGES,
+        "image_text_hidden_size": (1, BIG),
+        "hard_negative_steps": (0, BIG),
+        "itc_chunk_size": (1, BIG),
+        "min_word_count": (1, BIG),
+        "rerank_k": (0, BIG),
+    }
+    OF_NEW_MODELS = (*NewModelArguments.OF_NEW_MODELS, "qformer_tokenizer", "image_text_hidden_size", "min_word_count")
 
     def problems(self) -> list[str]:
-        found = super().problems() + unknown_objectives(self.objectives)
+        found = super().problems()
         if self.itc_chunk_size and self.torch_compile:
             found.append(
                 "--torch_compile is true, but with --itc_chunk_size the compiled forward is never called. Drop one."
-            )
-        if self.qformer_init and self.qformer_config:
-            found.append(
-                "--qformer_init and --qformer_config are both given. A BERT checkpoint brings its own shape: drop one."
             )
         return found
 
 
 @dataclass
-class Stage2Arguments(PretrainingArguments):
+class Stage2Arguments(NewModelArguments):
     """Stage 2: generative learning with the frozen vision tower and the frozen LLM."""
 
     init_from: str | None = doc(None, "Stage-1 folder whose vision tower, Q-Former and queries are taken over.")
@@ -233,8 +279,8 @@ class Stage2Arguments(PretrainingArguments):
     )
     min_learning_rate: float = doc(5e-5, "Learning rate at the end of the cosine.")
 
-    def required(self) -> list[str]:
-        return super().required() + ["language_model"] + ([] if self.init_from else ["vision_model"])
+    REQUIRED = (*NewModelArguments.REQUIRED, "language_model")
+    PATHS = (*NewModelArguments.PATHS, "language_model")
 
     def problems(self) -> list[str]:
         found = super().problems()
@@ -254,7 +300,7 @@ TASKS = {  # task: its prompt, whether crops and flips are harmless, whether cap
 
 
 @dataclass
-class FinetuneArguments(PretrainingArguments):
+class FinetuneArguments(RunArguments):
     """Fine-tuning of a stage-2 model on caption, vqa or instruct, or of a stage-1 model on retrieval."""
 
     task: str | None = doc(None, f"One of {', '.join(TASKS)}. Required.")
@@ -278,7 +324,7 @@ class FinetuneArguments(PretrainingArguments):
     min_learning_rate: float = doc(0.0, "Learning rate at the end of the cosine.")
     warmup_steps: int = doc(1000, "Steps of linear warm-up from 1e-6.")
     adam_beta2: float = doc(0.999, "AdamW beta 2.")
-    objectives: list[str] = doc(["itc", "itm", "itg"], "Retrieval: losses that are computed and trained.")
+    objectives: list[str] = doc(list(OBJECTIVES), "Retrieval: losses that are computed and trained.")
     hard_negative_steps: int = doc(0, "Retrieval: as in stage 1.")
     itc_chunk_size: int | None = doc(None, "Retrieval with a frozen tower: as in stage 1.")
     rerank_k: int = doc(16, "Retrieval: candidates that ITM re-ranks in the validation at the end; 0 for none.")
@@ -290,58 +336,23 @@ class FinetuneArguments(PretrainingArguments):
             self.augment = (augment and not self.feature_cache) if self.augment is None else self.augment
             self.clean_captions = clean if self.clean_captions is None else self.clean_captions
 
-    def required(self) -> list[str]:
-        return super().required() + ["task", "init_from"]
+    REQUIRED = (*RunArguments.REQUIRED, "task", "init_from")
+    PATHS = (*RunArguments.PATHS, "init_from", "language_model")
+    CHOICES = {"task": tuple(TASKS), "objectives": OBJECTIVES}
+    RANGES = {
+        **RunArguments.RANGES,
+        "layer_decay": (TINY, 1),
+        "hard_negative_steps": (0, BIG),
+        "itc_chunk_size": (1, BIG),
+        "rerank_k": (0, BIG),
+    }
 
     def problems(self) -> list[str]:
         found = super().problems()
-        if self.task and self.task not in TASKS:
-            found.append(f"--task is {self.task!r}; choose from {', '.join(TASKS)}.")
         if self.task in ("vqa", "instruct") and "{}" not in self.prompt:
             found.append(f"--prompt is {self.prompt!r}, but needs {{}} where the question goes.")
         if self.train_vision and self.feature_cache:
             found.append("--train_vision is true, but --feature_cache skips the tower. Drop one.")
         if self.layer_decay != 1.0 and not self.train_vision:
             found.append(f"--layer_decay is {self.layer_decay}, but the tower is frozen. Pass --train_vision true.")
-        return found + unknown_objectives(self.objectives)
-
-
-def unknown_objectives(objectives: list[str]) -> list[str]:
-    known = ["itc", "itm", "itg"]
-    return [f"--objectives holds {n!r}; choose from {', '.join(known)}." for n in objectives if n not in known]
-
-
-BIG = float("inf")
-TINY = 1e-12
-RANGES = {  # field: smallest and largest value
-    "max_skip_fraction": (0, 1),
-    "max_text_length": (2, BIG),
-    "image_size": (1, BIG),
-    "num_query_tokens": (1, BIG),
-    "max_steps": (1, BIG),
-    "num_train_epochs": (TINY, BIG),
-    "per_device_train_batch_size": (1, BIG),
-    "per_device_eval_batch_size": (1, BIG),
-    "gradient_accumulation_steps": (1, BIG),
-    "learning_rate": (TINY, 10),
-    "min_learning_rate": (0, 10),
-    "warmup_steps": (0, BIG),
-    "weight_decay": (0, 1),
-    "adam_beta1": (0, 0.999999),
-    "adam_beta2": (0, 0.999999),
-    "max_grad_norm": (0, BIG),
-    "seed": (0, 2**32 - 1),
-    "dataloader_num_workers": (0, 1024),
-    "logging_steps": (1, BIG),
-    "eval_steps": (1, BIG),
-    "eval_samples": (0, BIG),
-    "save_steps": (1, BIG),
-    "save_total_limit": (1, BIG),
-    "image_text_hidden_size": (1, BIG),
-    "hard_negative_steps": (0, BIG),
-    "itc_chunk_size": (1, BIG),
-    "min_word_count": (1, BIG),
-    "rerank_k": (0, BIG),
-    "layer_decay": (TINY, 1),
-    "ema_decay": (0, 0.999999),
-}
+        return found

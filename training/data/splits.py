@@ -5,14 +5,14 @@ import math
 
 from accelerate import Accelerator
 
-from ..arguments.training import PretrainingArguments
+from ..arguments.training import RunArguments
 from .caption_dataset import CaptionDataset, JointDataset
 from .formats import image_start, load_rows
 from .image_processor import output_size
 
 
 def load_dataset_split(
-    args: PretrainingArguments,
+    args: RunArguments,
     accelerator: Accelerator,
     split: str,
     crop_size: tuple[int, int] | None,
@@ -43,23 +43,23 @@ def load_dataset_split(
     return JointDataset(parts) if len(parts) > 1 else parts[0]
 
 
-def count_steps(args: PretrainingArguments, num_rows: int, num_processes: int) -> int:
+def count_steps(args: RunArguments, num_rows: int, num_processes: int) -> int:
     """Optimiser steps of the run: max_steps, or as many as num_train_epochs passes over the rows take."""
     samples = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
     return args.max_steps or max(1, math.ceil(args.num_train_epochs * num_rows / samples))
 
 
 def load_splits(
-    args: PretrainingArguments, accelerator: Accelerator, image_processor, prompt: str = ""
+    args: RunArguments, accelerator: Accelerator, image_processor, prompt: str = ""
 ) -> tuple[CaptionDataset | JointDataset, CaptionDataset | JointDataset | None]:
     """The training split, augmented where asked for, and the validation split or None."""
     asked = "auto" if "{}" in prompt else None  # a prompt with a place for a question needs one
-    prompt_column = getattr(args, "prompt_column", None) or asked
+    prompt_column = args.prompt_column or asked
     read = functools.partial(load_dataset_split, args, accelerator, prompt=prompt, prompt_column=prompt_column)
     crop_size = output_size(image_processor) if args.augment else None
     train_set = read(args.train_split, crop_size=crop_size, draw_text=True)
     return train_set, read(args.eval_split, crop_size=None, draw_text=False) if args.eval_split else None
 
 
-def steps_of(args: PretrainingArguments, accelerator: Accelerator, train_set: CaptionDataset | JointDataset) -> int:
+def steps_of(args: RunArguments, accelerator: Accelerator, train_set: CaptionDataset | JointDataset) -> int:
     return count_steps(args, len(train_set), accelerator.num_processes)

@@ -13,7 +13,7 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 
 
 def chunked_step(chunk_size: int) -> Callable:
-    """What `train` takes as forward_backward.
+    """The step of a `Task` that trains in chunks.
 
     Loss scale, accumulation and autocast are accelerate's. DDP is passed by: see `grad_cache_blip2x`.
     """

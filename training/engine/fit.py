@@ -1,8 +1,7 @@
 """What every training script does with its data, model and collator: batches, optimiser, schedule, loop, checkpoint."""
 
 import contextlib
-import functools
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,24 +9,24 @@ from accelerate import Accelerator
 
 from modeling_blip2x import Blip2xProcessor
 
-from ..arguments.training import PretrainingArguments
+from ..arguments.training import RunArguments
 from ..data.bad_rows import record_skips
 from ..data.caption_dataset import CaptionDataset, JointDataset, make_loader
 from ..data.feature_cache import use_feature_cache
 from ..data.image_processor import has_other_size
 from ..data.order import BatchOrder, visit_order
 from ..data.splits import steps_of
-from ..models.lora import LoraCheckpoint, add_lora
-from ..reporting.health import Watch, query_similarity
+from ..models.lora import add_lora
+from ..reporting.health import Watch
 from .best import Best
 from .checkpoint import is_finished, read_state
 from .finish import finish
-from .optimizer import build_optimizer, learning_rate_at
+from .optimizer import Schedule, build_optimizer
 from .start import open_output_dir, seed_training
-from .train_loop import plain_step, train
+from .train_loop import Task, train, validate
 
 
-def already_finished(args: PretrainingArguments, accelerator: Accelerator, max_steps: int) -> bool:
+def already_finished(args: RunArguments, accelerator: Accelerator, max_steps: int) -> bool:
     """True, and a line that says so, when the folder holds the whole run and is not to be started over."""
     if args.overwrite_output_dir or not is_finished(Path(args.output_dir), max_steps):
         return False
@@ -48,27 +47,16 @@ def warm_up(warmup_steps: int, max_steps: int, accelerator: Accelerator) -> int:
 
 
 def fit(
-    args: PretrainingArguments,
+    args: RunArguments,
     accelerator: Accelerator,
     model: torch.nn.Module,
     processor: Blip2xProcessor,
     train_set: CaptionDataset | JointDataset,
     eval_set: CaptionDataset | JointDataset | None,
-    collator: Callable[[list[dict]], dict],
-    *,
-    validate: Callable[[bool], dict],
-    forward_inputs: Callable[[int], dict] = lambda forward: {},
-    forward_backward: Callable = plain_step,
+    task: Task,
 ) -> None:
-    """Train `model`, its frozen parts chosen already, and make the run's root a complete checkpoint.
-
-    Args:
-        collator: of training batches.
-        validate: figures of the model as it is, on all processes; its argument says whether it is the last time.
-        forward_inputs: more arguments for the model, given the number of the forward.
-        forward_backward: of (accelerator, model, inputs); leaves gradients, returns the outputs.
-    """
-    output_dir, max_steps = Path(args.output_dir), steps_of(args, accelerator, train_set)
+    """Train `model`, its frozen parts chosen already, and make the run's root a complete checkpoint."""
+    max_steps = steps_of(args, accelerator, train_set)
     model.check_processor(processor)
     model.config.interpolate_pos_encoding = has_other_size(model, processor)
     if args.lora:
@@ -82,10 +70,43 @@ def fit(
         splits = {args.train_split: train_set} | ({args.eval_split: eval_set} if eval_set else {})
         use_feature_cache(args.feature_cache, model, processor.image_processor, splits)
 
-    # Batches, from where an earlier run of this folder stopped
     open_output_dir(args, accelerator)
-    state = read_state(output_dir)
-    record_skips(accelerator, output_dir, args.max_skip_fraction, train_set, eval_set, state["samples_seen"])
+    batches = batches_from_where_it_stopped(args, accelerator, train_set, eval_set, task, max_steps)
+    optimizer = build_optimizer(
+        model,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        layer_decay=args.layer_decay,
+    )
+    schedule = Schedule(
+        max_steps=max_steps,
+        warmup_steps=warm_up(args.warmup_steps, max_steps, accelerator),
+        peak=args.learning_rate,
+        floor=args.min_learning_rate,
+    )
+    watch = Watch(args.warmup_steps, say=lambda text: accelerator.print(f"\n{text}"))
+    best = Best(args.metric_for_best_model, args.best_is_greatest)
+    seed_training(args.seed, accelerator)
+
+    averages = train(args, accelerator, model, optimizer, batches, task, schedule, best, watch)
+
+    with averages.in_place() if averages else contextlib.nullcontext():
+        figures = validate(model, task, final=True)
+        finish(args, accelerator, model, processor, max_steps, figures, best, watch, averaged=averages is not None)
+
+
+def batches_from_where_it_stopped(
+    args: RunArguments,
+    accelerator: Accelerator,
+    train_set: CaptionDataset | JointDataset,
+    eval_set: CaptionDataset | JointDataset | None,
+    task: Task,
+    max_steps: int,
+) -> Iterable[dict]:
+    """This process's batches, from where an earlier run of the folder stopped to the last step."""
+    state = read_state(Path(args.output_dir))
+    record_skips(accelerator, Path(args.output_dir), args.max_skip_fraction, train_set, eval_set, state["samples_seen"])
     parts = train_set.parts
     order = BatchOrder(
         visit_order([len(part) for part in parts], [part.shards for part in parts], args.dataset_weights, args.seed),
@@ -96,64 +117,4 @@ def fit(
         samples_seen=state["samples_seen"],
     )
     on_gpu = accelerator.device.type == "cuda"
-    batches = make_loader(train_set, order, collator, args.dataloader_num_workers, pin_memory=on_gpu)
-    optimizer = build_optimizer(
-        model,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        layer_decay=getattr(args, "layer_decay", 1.0),
-    )
-    schedule = functools.partial(
-        learning_rate_at,
-        max_steps=max_steps,
-        warmup_steps=warm_up(args.warmup_steps, max_steps, accelerator),
-        peak=args.learning_rate,
-        floor=args.min_learning_rate,
-    )
-    watch = Watch(args.warmup_steps, say=lambda text: accelerator.print(f"\n{text}"))
-    best = Best(args.metric_for_best_model, args.best_is_greatest)
-    seed_training(args.seed, accelerator)
-    averages = train(
-        accelerator,
-        model,
-        optimizer,
-        batches,
-        output_dir=output_dir,
-        max_steps=max_steps,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_grad_norm=args.max_grad_norm,
-        learning_rate=schedule,
-        logging_steps=args.logging_steps,
-        save_steps=args.save_steps,
-        save_total_limit=args.save_total_limit,
-        eval_steps=args.eval_steps,
-        validate=lambda: with_similarity(model, validate, final=False),
-        best=best,
-        watch=watch,
-        ema_decay=args.ema_decay,
-        forward_inputs=forward_inputs,
-        forward_backward=forward_backward,
-    )
-    checkpoint = LoraCheckpoint(model, processor if args.merge_lora else None) if args.lora else model
-    with averages.in_place() if averages else contextlib.nullcontext():
-        finish(
-            accelerator,
-            model,
-            [checkpoint, processor],
-            output_dir=output_dir,
-            max_steps=max_steps,
-            figures=with_similarity(model, validate, final=True),
-            best=best,
-            watch=watch,
-            save_total_limit=args.save_total_limit,
-            load_best_model=args.load_best_model_at_end,
-            averaged=averages is not None,
-        )
-
-
-def with_similarity(model: torch.nn.Module, validate: Callable[[bool], dict], final: bool) -> dict[str, float]:
-    """Figures of a validation, and how alike the queries are in its first batch."""
-    with query_similarity(model) as similarity:
-        figures = validate(final)
-    return figures | similarity if figures else {}
+    return make_loader(train_set, order, task.collate, args.dataloader_num_workers, pin_memory=on_gpu)

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -67,17 +68,25 @@ def layers_above(name: str, depth: int) -> int:
     return 0 if number is None else depth - number
 
 
-def learning_rate_at(
-    step: int, *, max_steps: int, warmup_steps: int, peak: float, floor: float, start: float = 1e-6
-) -> float:
+@dataclass(frozen=True)
+class Schedule:
     """Linear from `start` to `peak` during warm-up, then a cosine that reaches `floor` at `max_steps`.
 
     A function of the step alone, so that resuming needs no scheduler state.
     """
-    if step < warmup_steps:
-        return start + (peak - start) * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    max_steps: int
+    warmup_steps: int
+    peak: float
+    floor: float
+    start: float = 1e-6
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.start + (self.peak - self.start) * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+        return self.floor + (self.peak - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
@@ -117,11 +126,3 @@ class AveragedWeights:
     def _put(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
-
-    def state_dict(self) -> dict:
-        return {"updates": self.updates, "averages": self.averages}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.updates = state["updates"]
-        for name, average in self.averages.items():
-            average.copy_(state["averages"][name])

@@ -8,14 +8,14 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 
 from ..arguments.parsing import changed_fields, save_arguments
-from ..arguments.training import PretrainingArguments
+from ..arguments.training import RunArguments
 from ..reporting.trackers import choose_tracker
 from ..system.environment import describe_environment
 from .checkpoint import clear_output_dir
 from .sharding import check_processes, plan_deepspeed, shard_on_cpu
 
 
-def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Accelerator:
+def start_run(args: RunArguments, unused_parameters: bool = False) -> Accelerator:
     """Accelerator and seeds, the same on every process until `seed_training`."""
     tracker, notice = choose_tracker(args.report_to)
     accelerator = Accelerator(
@@ -41,7 +41,7 @@ def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Ac
     return accelerator
 
 
-def open_output_dir(args: PretrainingArguments, accelerator: Accelerator) -> Path:
+def open_output_dir(args: RunArguments, accelerator: Accelerator) -> Path:
     """Create the run's folder, or clear it to start over; write config.yaml as used, and start the trackers.
 
     Called when data and model are ready: a mistake in the fields neither leaves a folder nor costs an earlier run.

@@ -1,26 +1,27 @@
-"""The two kinds of training, each with its batches and its validation: image-text objectives, and language modelling.
+"""The two kinds of training as `Task`s: image-text objectives, and language modelling.
 
 Stage 1 and the fine-tuning of retrieval share the first, stage 2 and every other fine-tuning the second.
 """
 
+from accelerate import Accelerator
+
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 
 from ..arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
+from ..data.caption_dataset import CaptionDataset, JointDataset
 from ..data.collators import Stage1Collator, language_collator
 from ..evaluation.validation import validate_image_text, validate_language
 from .chunked_step import chunked_step
-from .fit import fit
-from .train_loop import plain_step
+from .train_loop import Task, plain_step
 
 
-def fit_image_text(
+def image_text_task(
     args: Stage1Arguments | FinetuneArguments,
-    accelerator,
+    accelerator: Accelerator,
     model: Blip2xForPreTraining,
     processor: Blip2xProcessor,
-    train_set,
-    eval_set,
-) -> None:
+    eval_set: CaptionDataset | JointDataset | None,
+) -> Task:
     """ITC, ITM and ITG. Rows that show the same image are positives of one another."""
     if args.gradient_accumulation_steps > 1:
         accelerator.print(
@@ -53,18 +54,8 @@ def fit_image_text(
             args.seed,
         )
 
-    fit(
-        args,
-        accelerator,
-        model,
-        processor,
-        train_set,
-        eval_set,
-        collator(cropped=args.augment),
-        validate=validate,
-        forward_inputs=negatives,
-        forward_backward=chunked_step(args.itc_chunk_size) if args.itc_chunk_size else plain_step,
-    )
+    step = chunked_step(args.itc_chunk_size) if args.itc_chunk_size else plain_step
+    return Task(collator(cropped=args.augment), validate, negatives, step)
 
 
 def hardness_at(step: int, steps: int) -> float:
@@ -72,14 +63,13 @@ def hardness_at(step: int, steps: int) -> float:
     return min(1.0, step / steps) if steps else 1.0
 
 
-def fit_language(
+def language_task(
     args: Stage2Arguments | FinetuneArguments,
-    accelerator,
+    accelerator: Accelerator,
     model: Blip2xForConditionalGeneration,
     processor: Blip2xProcessor,
-    train_set,
-    eval_set,
-) -> None:
+    eval_set: CaptionDataset | JointDataset | None,
+) -> Task:
     """The language model's loss on the text, given image and prompt. The prompt's template stays in the checkpoint."""
     model.config.prompt_template = args.prompt or None
     if processor.qformer_tokenizer is None:
@@ -91,8 +81,7 @@ def fit_language(
             accelerator, model, processor, eval_set, collator, args.eval_batch_size, args.eval_samples
         )
 
-    collator = language_collator(model, processor, args.max_text_length, cropped=args.augment)
-    fit(args, accelerator, model, processor, train_set, eval_set, collator, validate=validate)
+    return Task(language_collator(model, processor, args.max_text_length, cropped=args.augment), validate)
 
 
 def freeze_text_branch(model: Blip2xForConditionalGeneration) -> None:

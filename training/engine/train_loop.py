@@ -1,10 +1,11 @@
-"""The training loop of both stages. What differs between them is the model and the collator.
+"""The training loop of every stage. What differs between kinds of training is their `Task`.
 
 A step is one optimiser step: `gradient_accumulation_steps` forwards of the global batch. Steps count from 1.
 """
 
 import contextlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,13 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from tqdm import tqdm
 
+from ..arguments.training import RunArguments
 from ..models.full_tensors import free_gathered
-from ..reporting.health import Watch
-from ..reporting.meter import SHOWN, Meter, close_trackers, log, losses_of
+from ..reporting.health import Watch, query_similarity
+from ..reporting.meter import Meter, close_trackers, log, losses_of, shown
 from ..system.signals import StopSignal
 from .best import Best, write_best
 from .checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
-from .optimizer import AveragedWeights, set_learning_rate
+from .optimizer import AveragedWeights, Schedule, set_learning_rate
 from .sharding import keep_embeddings_whole, plan_sharding
 
 
@@ -30,49 +32,50 @@ def plain_step(accelerator: Accelerator, model: torch.nn.Module, inputs: dict):
     return outputs
 
 
+@dataclass
+class Task:
+    """What one kind of training brings.
+
+    collate: dataset items to a training batch, named as the model's arguments.
+    validate: figures of the model as it is, on all processes; its argument says whether it is the last time.
+    inputs_of: more arguments for the model, given the number of the forward.
+    step: of (accelerator, model, inputs); leaves gradients, returns the outputs.
+    """
+
+    collate: Callable[[list[dict]], dict]
+    validate: Callable[[bool], dict]
+    inputs_of: Callable[[int], dict] = lambda forward: {}
+    step: Callable = plain_step
+
+
 def train(
+    args: RunArguments,
     accelerator: Accelerator,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[dict],
-    *,
-    output_dir: Path,
-    max_steps: int,
-    gradient_accumulation_steps: int,
-    max_grad_norm: float,
-    learning_rate: Callable[[int], float],
-    logging_steps: int,
-    save_steps: int,
-    save_total_limit: int | None,
-    eval_steps: int | None,
-    validate: Callable[[], dict],
+    task: Task,
+    schedule: Schedule,
     best: Best,
     watch: Watch,
-    ema_decay: float | None = None,
-    forward_inputs: Callable[[int], dict] = lambda forward: {},
-    forward_backward: Callable = plain_step,
 ) -> AveragedWeights | None:
-    """Train from the last whole checkpoint in `output_dir`, or from the start, to `max_steps`.
+    """Train from the last whole checkpoint in `args.output_dir`, or from the start, to the schedule's last step.
 
     A checkpoint is written every `save_steps`, where a validation is the best so far, at the end, and before a signal
     ends the run.
 
     Args:
         batches: this process's micro-batches from the resumed position on.
-        learning_rate: learning rate of a step, counted from 0.
-        validate: run every `eval_steps` on all processes; its figures join metrics.jsonl.
         best: judges the validations. watch: warns of what it sees in the figures.
-        ema_decay: decay of the average of the weights that is validated; None for none.
-        forward_inputs: more arguments for the model, given the number of the forward.
-        forward_backward: of (accelerator, model, inputs); leaves gradients, returns the outputs.
 
     Returns the averaged weights, if any. Raises FloatingPointError when a loss is not finite, on any process, and
     SystemExit(128 + signal) after Ctrl-C or SIGTERM.
     """
+    output_dir, max_steps, forwards = Path(args.output_dir), schedule.max_steps, args.gradient_accumulation_steps
     plan_sharding(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     keep_embeddings_whole(accelerator.unwrap_model(model))
-    averages = AveragedWeights(accelerator.unwrap_model(model), ema_decay) if ema_decay else None
+    averages = AveragedWeights(accelerator.unwrap_model(model), args.ema_decay) if args.ema_decay else None
     state = read_state(output_dir)
     batches = iter(batches)
     if state["step"]:
@@ -90,20 +93,20 @@ def train(
 
     with StopSignal(accelerator.is_main_process) as stop:
         for step in range(state["step"] + 1, max_steps + 1):
-            set_learning_rate(optimizer, learning_rate(step - 1))
+            rate = schedule.rate_at(step - 1)
+            set_learning_rate(optimizer, rate)
             losses = []
-            for micro in range(gradient_accumulation_steps):
+            for micro in range(forwards):
                 batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
                 with accelerator.accumulate(model):
-                    more = forward_inputs((step - 1) * gradient_accumulation_steps + micro)
-                    outputs = forward_backward(accelerator, model, {**batch, **more})
+                    outputs = task.step(accelerator, model, batch | task.inputs_of((step - 1) * forwards + micro))
                     losses.append(losses_of(outputs))
                     if accelerator.sync_gradients:
                         broken, signal_number = agree(accelerator, losses, stop.number)
                         if broken:
                             raise not_finite(broken, losses, step, output_dir)
-                        if max_grad_norm:
-                            meter.grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+                        if args.max_grad_norm:
+                            meter.grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 size = len(next(iter(batch.values()))) * accelerator.num_processes
@@ -113,34 +116,41 @@ def train(
                 averages.update()
 
             progress.update()
-            if step % logging_steps == 0 or step == max_steps:
-                line = {"step": step, **meter.read(accelerator), "lr": learning_rate(step - 1)}
+            if step % args.logging_steps == 0 or step == max_steps:
+                line = {"step": step, **meter.read(accelerator), "lr": rate}
                 log(accelerator, output_dir, line)
                 watch.look(line)
-                progress.set_postfix({SHOWN[key]: f"{line[key]:.3g}" for key in SHOWN if key in line})
+                progress.set_postfix(shown(line))
             improved = False
-            if eval_steps and step % eval_steps == 0 and step < max_steps and not signal_number:
+            if args.eval_steps and step % args.eval_steps == 0 and step < max_steps and not signal_number:
                 with averages.in_place() if averages else contextlib.nullcontext():
-                    figures = validate()
+                    figures = validate(accelerator.unwrap_model(model), task)
                     free_gathered(accelerator.unwrap_model(model))  # validated weights stay gathered otherwise
                 log(accelerator, output_dir, {"step": step, **figures})
                 watch.look({"step": step, **figures})
                 improved = best.update(step, figures)
                 model.train()
                 meter.restart_clock()
-            if step % save_steps == 0 or step == max_steps or improved or signal_number:
+            if step % args.save_steps == 0 or step == max_steps or improved or signal_number:
                 state = {"step": step, "samples_seen": samples_seen, "num_processes": accelerator.num_processes}
                 state["best"] = best.record()
                 save_step(output_dir, state, model, optimizer, accelerator, averages)
                 if accelerator.is_main_process:
                     write_best(output_dir, best)
-                    keep_newest(output_dir, save_total_limit, best.step)
+                    keep_newest(output_dir, args.save_total_limit, best.step)
             if signal_number and step < max_steps:
                 accelerator.print(f"Stopped after step {step} of {max_steps}, saved. The same command continues.")
                 close_trackers(accelerator)
                 raise SystemExit(128 + signal_number)
     progress.close()
     return averages
+
+
+def validate(model: torch.nn.Module, task: Task, final: bool = False) -> dict[str, float]:
+    """Figures of a validation, and how alike the queries are in its first batch; none where there is no validation."""
+    with query_similarity(model) as similarity:
+        figures = task.validate(final)
+    return figures | similarity if figures else {}
 
 
 def agree(accelerator: Accelerator, losses: list[dict], signal_number: int) -> tuple[list[str], int]:

@@ -13,7 +13,7 @@ from ..data.caption_dataset import CaptionDataset, make_loader
 from ..data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from ..data.order import BatchOrder, EpochOrder
 from ..metrics.retrieval_recall.scores import recall_at_k
-from ..reporting.meter import MEASURED
+from ..reporting.meter import measured
 from .retrieval import RetrievalSet, rerank
 from .writing import score_itg, score_language
 
@@ -89,9 +89,8 @@ def mean_losses(
     sums, count = {}, 0
     for number, batch in enumerate(batches):
         outputs = model(**send_to_device(batch, accelerator.device), **forward_inputs(number))
-        for name in MEASURED:
-            if outputs.get(name) is not None:
-                sums[name] = sums.get(name, 0.0) + outputs[name].float()
+        for name, value in measured(outputs).items():
+            sums[name] = sums.get(name, 0.0) + value
         count += 1
     return {f"eval_{name}": accelerator.reduce(total / count, "mean").item() for name, total in sums.items()}
 

@@ -11,22 +11,23 @@ from accelerate import Accelerator
 from ..models.full_tensors import whole
 from .curves import draw_curves
 
-MEASURED = (
-    "loss",
-    "loss_itc",
-    "loss_itm",
-    "loss_itg",
-    "itm_accuracy",
-    "temperature",
-)  # of outputs, where they have them
-SHOWN = {"loss": "loss", "loss_itc": "itc", "loss_itm": "itm", "loss_itg": "itg", "lr": "lr"}  # in the progress bar
-SHOWN["samples_per_second"] = "images/s"
+
+def measured(outputs) -> dict[str, torch.Tensor]:
+    """The scalars of a model's output, whatever it names them: losses, accuracies, temperature. Without gradient."""
+    scalars = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor) and value.ndim == 0}
+    return {name: value.detach().float() for name, value in scalars.items()}
 
 
 def losses_of(outputs) -> dict[str, torch.Tensor]:
     """The total and its parts, as scalars without gradient."""
-    names = [name for name in MEASURED if name.startswith("loss") and outputs.get(name) is not None]
-    return {name: outputs[name].detach().float() for name in names}
+    return {name: value for name, value in measured(outputs).items() if name.startswith("loss")}
+
+
+def shown(line: dict) -> dict[str, str]:
+    """What the progress bar shows of a line of training: losses, learning rate and speed."""
+    losses = {name.removeprefix("loss_"): value for name, value in line.items() if name.startswith("loss")}
+    figures = losses | {"lr": line["lr"], "images/s": line["samples_per_second"]}
+    return {name: f"{value:.3g}" for name, value in figures.items()}
 
 
 class Meter:
@@ -37,9 +38,8 @@ class Meter:
         self.forwards, self.samples, self.start, self.grad_norm = 0, 0, time.perf_counter(), None
 
     def add(self, outputs, samples: int) -> None:
-        for name in MEASURED:
-            if outputs.get(name) is not None:
-                self.sums[name] = self.sums.get(name, 0.0) + outputs[name].detach().float().mean()
+        for name, value in measured(outputs).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.forwards += 1
         self.samples += samples
 
