@@ -53,7 +53,7 @@ test-latest test-oldest: test-%:
 	$(if $(TRY),.venv-$*/bin/pip install -qq $(TRY))
 	@.venv-$*/bin/pip freeze --exclude-editable | grep -iE '^(torch|transformers|accelerate|datasets|peft|huggingface.hub|pillow)='
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRY='$(TRY)' .venv-$*/bin/python -m pytest -n 2 --dist loadfile --durations 10 \
-	-m 'not slow' --ignore-glob 'tests/test_space*'
+	-m 'not slow' --ignore tests/space
 
 clean:
 	rm -rf $(VENV) .venv-latest .venv-oldest build *.egg-info

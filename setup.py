@@ -1,9 +1,12 @@
-"""Packaging of blip2x: the library `modeling_blip2x`; training/ and space_app/ are scripts that are run from the repository."""
+"""Packaging of blip2x: the library `modeling_blip2x`, and `blip2x_training`, which is the folder training/.
+
+space_app/ is run from the repository.
+"""
 
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "modeling_blip2x" / "__init__.py").read_text()).group(1)
@@ -49,7 +52,20 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["modeling_blip2x"],
+    packages=["modeling_blip2x", "blip2x_training", *(f"blip2x_training.{name}" for name in find_packages("training"))],
+    package_dir={"blip2x_training": "training"},
+    package_data={"blip2x_training": ["configs/**/*.yaml"], "blip2x_training.evaluation.report": ["*.jinja"]},
+    entry_points={
+        "console_scripts": [
+            "blip2x-stage1 = blip2x_training.pretrain_stage1:command",
+            "blip2x-stage2 = blip2x_training.pretrain_stage2:command",
+            "blip2x-finetune = blip2x_training.finetune:command",
+            "blip2x-evaluate = blip2x_training.run_evaluation:command",
+            "blip2x-cache = blip2x_training.cache_features:command",
+            "blip2x-capfilt = blip2x_training.bootstrap_captions:command",
+            "blip2x-convert = modeling_blip2x.convert:command",
+        ]
+    },
     install_requires=CORE,
     extras_require={
         "train": TRAIN,

@@ -7,19 +7,19 @@ import tempfile
 import time
 from pathlib import Path
 
-import cache_features
 import numpy as np
 import torch
-from collators import Stage1Collator
-from data import CaptionDataset, make_loader
-from features import tower_fingerprint, use_feature_cache
-from optim import build_optimizer
-from order import BatchOrder, EpochOrder
 from PIL import Image
-from sources import load_rows
 from transformers import AutoModel, CLIPImageProcessor
-from vocabulary import build_tokenizer
 
+from blip2x_training import cache_features
+from blip2x_training.data.caption_dataset import CaptionDataset, make_loader
+from blip2x_training.data.collators import Stage1Collator
+from blip2x_training.data.feature_cache import tower_fingerprint, use_feature_cache
+from blip2x_training.data.formats import load_rows
+from blip2x_training.data.order import BatchOrder, EpochOrder
+from blip2x_training.data.vocabulary import build_tokenizer
+from blip2x_training.engine.optimizer import build_optimizer
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
 
 WORDS = "a man woman dog child two red blue in on the water grass runs jumps stands with ball street snow".split()

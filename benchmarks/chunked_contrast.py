@@ -1,6 +1,6 @@
 """Memory and time of a stage-1 step, plain and in chunks (`itc_chunk_size`), for a mid-size Q-Former on the CPU.
 
-    python benchmarks/chunked_contrast.py --batches 32 64 --chunk 8
+    python -m benchmarks.chunked_contrast --batches 32 64 --chunk 8
 
 Every line is measured in a process of its own: bytes that autograd holds at most, beside parameters and inputs; growth of
 the process's peak memory during the first step (gradients of the parameters among it); CPU seconds, with one thread, of
@@ -12,15 +12,15 @@ import functools
 import multiprocessing
 import resource
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
 from modeling_blip2x import Blip2xConfig, Blip2xForPreTraining
-from modeling_blip2x.chunking_blip2x import chunked_backward
+from modeling_blip2x.grad_cache_blip2x import chunked_backward
+from tests.helpers.saved_bytes import SavedBytes
 
 POSITIONS, WIDTH, LENGTH, VOCABULARY = 50, 768, 24, 5000
 QFORMER = {
@@ -32,46 +32,6 @@ QFORMER = {
     "intermediate_size": 1536,
     "max_position_embeddings": 64,
 }
-
-
-class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Counts the bytes that graphs built inside hold for their backward: `now`, and `peak`.
-
-    A tensor that several operations save counts once; tensors in the memory of `given` (parameters, inputs) do not count.
-    """
-
-    def __init__(self, given: Iterable[torch.Tensor] = ()):
-        super().__init__(self._pack, lambda held: held.tensor)
-        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
-        self.holders: Counter = Counter()
-        self.now = self.peak = 0
-
-    def __enter__(self) -> "SavedBytes":
-        super().__enter__()
-        return self
-
-    def _pack(self, tensor: torch.Tensor) -> "Held":
-        return Held(self, tensor.detach())
-
-    def change(self, key: tuple[int, int], by: int) -> None:
-        before = self.holders[key] > 0
-        self.holders[key] += by
-        self.now += ((self.holders[key] > 0) - before) * key[1]
-        self.peak = max(self.peak, self.now)
-
-
-class Held:
-    """A saved tensor, which autograd lets go of when it no longer needs it."""
-
-    def __init__(self, meter: SavedBytes, tensor: torch.Tensor):
-        storage = tensor.untyped_storage()
-        size = min(tensor.numel() * tensor.element_size(), storage.nbytes())  # an expanded tensor is a small one
-        self.meter, self.tensor = meter, tensor
-        self.key = (tensor.data_ptr(), 0 if storage.data_ptr() in meter.given else size)
-        meter.change(self.key, 1)
-
-    def __del__(self):
-        self.meter.change(self.key, -1)
 
 
 def mid_size_model(attention: str = "sdpa") -> Blip2xForPreTraining:

@@ -6,10 +6,11 @@ losses, backward, clipping, AdamW. Same weights, same rows in the same order; st
 busy for both. Medians after warm-up. Losses of the first step are compared first.
 """
 
-from cached_step import measure
-from measure import Row, faster
-from stage1_step import dtypes
 from transformers import CLIPVisionConfig, MobileNetV2Config
+
+from benchmarks.cached_step import measure
+from benchmarks.measure import Row, faster
+from benchmarks.stage1_step import dtypes
 
 CASES = {  # arguments of cached_step.measure
     # 257 positions x 1024; the paper's Q-Former

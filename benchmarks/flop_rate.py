@@ -3,8 +3,8 @@
 Counted are the matrix products of our forward and backward; stage1_step times step and products in turns.
 """
 
-from measure import Row
-from stage1_step import BATCHES, dtypes, timed
+from benchmarks.measure import Row
+from benchmarks.stage1_step import BATCHES, dtypes, timed
 
 SHARE = {("cpu", "float32"): 0.80, ("cpu", "bfloat16"): 0.65, ("cuda", "bfloat16"): 0.40}  # aims
 

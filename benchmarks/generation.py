@@ -7,12 +7,12 @@ Q-Former of 12 x 768 with 32 queries, a language model of OPT-125m's size, 20 ne
 from functools import partial
 
 import torch
-from measure import Row, alternating_seconds, faster
 from transformers import Blip2VisionConfig, Blip2VisionModel, OPTConfig, OPTForCausalLM
 
+from benchmarks.measure import Row, alternating_seconds, faster
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xQFormerConfig
-from modeling_blip2x.export_blip2x import export_transformers
-from modeling_blip2x.weights_blip2x import Weight
+from modeling_blip2x.convert_to_blip2x import export_transformers
+from modeling_blip2x.weight_files_blip2x import Weight
 
 NEW_TOKENS = 20
 PROMPT = [2, 102, 1345, 9]  # BOS and `a photo of`

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from chunked_contrast import SavedBytes
-from measure import Row, alternating_seconds
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
+from benchmarks.measure import Row, alternating_seconds
 from modeling_blip2x import Blip2xConfig, Blip2xForPreTraining
+from tests.helpers.saved_bytes import SavedBytes
 
 WIDTH, HEADS, TOKENS, VOCABULARY = 128, 2, 12, 5000
 USUAL = {"batch": 32, "queries": 32, "image tokens": 257}

@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from generation import models
-from measure import Row, faster
 from transformers.utils import logging
+
+from benchmarks.generation import models
+from benchmarks.measure import Row, faster
 
 ROOT = Path(__file__).parent.parent
 IMPORTS = 3

@@ -10,12 +10,13 @@ import random
 
 import numpy as np
 import torch
-from collators import collate_images
-from images import open_image, opened
-from measure import Row, alternating_seconds
 from PIL import Image, ImageOps
 from transformers import BlipImageProcessorPil
-from transforms import augment_image, draw_crop
+
+from benchmarks.measure import Row, alternating_seconds
+from blip2x_training.data.collators import collate_images
+from blip2x_training.data.images import open_image, opened
+from blip2x_training.data.transforms import augment_image, draw_crop
 
 SIZE = (224, 224)
 IMAGES = 32

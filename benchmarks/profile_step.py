@@ -1,12 +1,13 @@
 """Where the time of our stage-1 step goes: torch.profiler's operations by their own time, forward and backward.
 
-python benchmarks/profile_step.py [--device cuda] [--bf16] [--batch 8]
+python -m benchmarks.profile_step [--device cuda] [--bf16] [--batch 8]
 """
 
 import argparse
 
-from stage1_step import build_model, make_batch, our_losses, step
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.stage1_step import build_model, make_batch, our_losses, step
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ baselines a part of the same pairs, and the table has the milliseconds a pair.
 
 import torch
 from accelerate import Accelerator
-from measure import Row, alternating_seconds, faster
-from retrieval import RetrievalSet, match_shortlists, shortlists
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from benchmarks.measure import Row, alternating_seconds, faster
+from blip2x_training.evaluation.retrieval import RetrievalSet, match_shortlists, shortlists
 from modeling_blip2x import Blip2xForImageTextRetrieval, Blip2xForPreTraining, Blip2xQFormerConfig
 
 IMAGES, TEXTS, K = 100, 500, 128

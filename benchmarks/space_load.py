@@ -1,6 +1,6 @@
 """Many visitors of the Space at once: errors, mixed-up answers, seconds a request, memory before and after.
 
-    python benchmarks/space_load.py [--clients 20] [--requests 50] [--output load.json]
+    PYTHONPATH=space_app python -m benchmarks.space_load [--clients 20] [--requests 50] [--output load.json]
 
 A Space with a tiny random model runs on loopback. Each client asks random questions of random pictures; what the model says
 to each pair is computed before, so that an answer that belongs to another visitor shows. Exits with 1 on any error or
@@ -20,8 +20,6 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "space_app"), str(ROOT)]
 WORDS = ("red", "blue", "green", "two", "left", "right", "above", "below")
 SETTINGS = {"num_beams": 1, "max_length": 8}
 
@@ -33,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", help="JSON file for the figures.")
     arguments = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from space_server import EXAMPLES, save_tiny, serving
+    from tests.helpers.space_server import EXAMPLES, save_tiny, serving
 
     with tempfile.TemporaryDirectory() as folder:
         folders = save_tiny(Path(folder))

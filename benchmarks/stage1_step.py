@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
-from measure import Row, alternating_seconds, faster, square_products
-from official_step import official_losses
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
 
+from benchmarks.measure import Row, alternating_seconds, faster, square_products
+from benchmarks.official_step import official_losses
 from modeling_blip2x import Blip2xConfig, Blip2xForPreTraining
 
 POSITIONS, WIDTH, QUERIES, LENGTHS = 257, 1408, 32, (8, 9, 10, 11, 13, 14, 15, 16)

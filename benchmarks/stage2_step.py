@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure import Row, alternating_seconds, faster
-from stage1_step import dtypes
 from transformers import Blip2VisionConfig, OPTConfig
 
+from benchmarks.measure import Row, alternating_seconds, faster
+from benchmarks.stage1_step import dtypes
 from modeling_blip2x import Blip2xConfig, Blip2xForConditionalGeneration
-from modeling_blip2x.export_blip2x import export_transformers
-from modeling_blip2x.weights_blip2x import Weight
+from modeling_blip2x.convert_to_blip2x import export_transformers
+from modeling_blip2x.weight_files_blip2x import Weight
 
 ROWS, QUERIES, IMAGE_TOKEN, PAD = 16, 32, 50265, 1
 LENGTHS = (8, 9, 10, 11, 13, 14, 15, 16)

@@ -28,10 +28,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .export_blip2x import check_exported, export_lavis, export_transformers, read_own
-from .import_blip2x import Checkpoint, check_complete, import_lavis, import_transformers, load_tokenizer
+from .convert_from_blip2x import Checkpoint, check_complete, import_lavis, import_transformers, load_tokenizer
+from .convert_to_blip2x import check_exported, export_lavis, export_transformers, read_own
 from .processing_blip2x import Blip2xProcessor
-from .weights_blip2x import write_folder
+from .weight_files_blip2x import write_folder
 
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
@@ -286,8 +286,13 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join([*notes, f"Converted {arguments.source} to {arguments.out}."]))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

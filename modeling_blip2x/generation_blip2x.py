@@ -14,10 +14,11 @@ from dataclasses import fields
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .building_blip2x import build_generative, hand_over
+from .assembling_blip2x import build_generative, hand_over
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
+from .image_prompt_blip2x import ImagePrompting
 from .language_blip2x import (
     LanguageBackbone,
     LanguageModelSignature,
@@ -28,7 +29,6 @@ from .language_blip2x import (
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
 from .outputs_blip2x import Blip2xForConditionalGenerationOutput, Blip2xImageFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
-from .prompting_blip2x import ImagePrompting
 from .qformer_blip2x import in_own_dtype
 from .vision_blip2x import with_eager_attention
 
@@ -129,6 +129,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.language_model.get_encoder() if modality is None else super().get_encoder(modality)
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -138,7 +139,6 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
-        return_dict: bool | None = None,
     ) -> Blip2xImageFeatures | tuple:
         """The soft prompt (B, Q, width of the LLM) of images, in `pooler_output`. Arguments as in `Blip2xModel`."""
         queries = self.model(
@@ -151,16 +151,15 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             interpolate_pos_encoding,
             return_dict=True,
         )
-        output = Blip2xImageFeatures(
+        return Blip2xImageFeatures(
             last_hidden_state=queries.vision_embeds,
             pooler_output=in_own_dtype(self.language_projection, queries.last_hidden_state),
             hidden_states=queries.vision_outputs.hidden_states,
             attentions=queries.vision_outputs.attentions,
             qformer_outputs=queries,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -180,7 +179,6 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
         interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
         cache: object | None = None,
         position_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -256,14 +254,12 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             options |= self.signature.chosen(position_ids=position_ids)
             out, loss = self._decode(inputs_embeds, attention_mask, labels, shift_labels, logits_to_keep, options)
         queries = None if image is None else image.qformer_outputs
-        output = Blip2xForConditionalGenerationOutput(
+        return Blip2xForConditionalGenerationOutput(
             **{name: out.get(name) for name in _LANGUAGE_OUTPUTS},
             loss=loss,
             vision_outputs=None if queries is None else queries.vision_outputs,
             qformer_outputs=queries,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
     def _image_features(
         self,

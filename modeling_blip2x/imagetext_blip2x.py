@@ -4,36 +4,20 @@
 (pretraining_blip2x.py) one with the three losses. Both have the same weights.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import can_return_tuple
 
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
-from .distributed_blip2x import batch_sizes, fetch_rows, gather_rows, gather_text, rank
-from .losses_blip2x import (
-    ItmPairs,
-    draw_hard_negatives,
-    image_text_similarity,
-    itc_loss,
-    itm_loss,
-    itm_pairs,
-    positive_pairs,
-    sigmoid_itc_loss,
-    uniform_numbers,
-)
+from .losses_blip2x import image_text_similarity
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
 from .outputs_blip2x import (
     Blip2xImageFeatures,
-    Blip2xModelOutput,
     Blip2xMultimodalFeatures,
     Blip2xTextFeatures,
-    Contrast,
-    EncodedPairs,
     chosen_hidden_states,
 )
 from .qformer_blip2x import KeyValues, in_own_dtype, select_images
@@ -110,6 +94,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         self.itg_head.resize(embeddings.num_embeddings)
         return embeddings
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -117,7 +102,6 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
-        return_dict: bool | None = None,
     ) -> Blip2xImageFeatures | tuple:
         """Unit-norm query features (B, Q, P) of images, in `pooler_output`."""
         queries = self.model(
@@ -128,36 +112,32 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
             return_dict=True,
         )
-        output = Blip2xImageFeatures(
+        return Blip2xImageFeatures(
             last_hidden_state=queries.vision_embeds,
             pooler_output=self._unit(self.vision_projection, queries.last_hidden_state),
             hidden_states=queries.vision_outputs.hidden_states,
             attentions=queries.vision_outputs.attentions,
             qformer_outputs=queries,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
+    @can_return_tuple
     def get_text_features(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
-        return_dict: bool | None = None,
     ) -> Blip2xTextFeatures | tuple:
         """Unit-norm features (B, P) of texts, from their first token ([CLS]), in `pooler_output`."""
         output_attentions, output_hidden_states = self.model.resolve_outputs(output_attentions, output_hidden_states)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         out = self.model.qformer.encode_text(input_ids, attention_mask, output_attentions)
-        output = Blip2xTextFeatures(
+        return Blip2xTextFeatures(
             last_hidden_state=out.hidden,
             pooler_output=self._unit(self.text_projection, out.hidden[:, 0]),
             hidden_states=chosen_hidden_states(out.hidden_states, output_hidden_states),
             attentions=out.attentions if output_attentions else None,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
     def get_multimodal_features(
         self,
@@ -270,187 +250,3 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 
     def _itm_logits_of(self, input_ids: torch.Tensor, mask: torch.Tensor, image: tuple) -> torch.Tensor:
         return in_own_dtype(self.itm_head, self._multimodal_queries(input_ids, mask, image)).mean(dim=1)
-
-    def encode_pairs(
-        self,
-        pixel_values: torch.Tensor | None,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        vision_embeds: torch.Tensor | None,
-        interpolate_pos_encoding: bool = False,
-        output_attentions: bool = False,
-        output_hidden_states: bool | list[int] = False,
-        decoder_ids: torch.Tensor | None = None,
-    ) -> EncodedPairs:
-        """Encode a batch once, for every objective; decoder_ids (B, L): the text of ITG, [DEC] first, or None."""
-        vision = self.model.get_vision_outputs(
-            pixel_values, vision_embeds, interpolate_pos_encoding, output_attentions, output_hidden_states
-        )
-        local, device = vision.last_hidden_state.shape[0], vision.last_hidden_state.device
-        self._check_rows(vision.last_hidden_state, input_ids)
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        sizes = batch_sizes(local, device)
-        whole_text = output_attentions or bool(output_hidden_states)
-        return self.encode_rows(
-            vision,
-            input_ids,
-            attention_mask,
-            sizes,
-            sum(sizes[: rank()]),
-            decoder_ids,
-            output_attentions,
-            whole_text,
-        )
-
-    def encode_rows(
-        self,
-        vision: BaseModelOutput,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        sizes: list[int],
-        first_row: int,
-        decoder_ids: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        whole_text: bool = False,
-    ) -> EncodedPairs:
-        """Encode images that have passed the tower; the first of them is number first_row of the global batch."""
-        image = self.model.image_key_values(vision.last_hidden_state)
-        queries = self.model.query_tokens(vision.last_hidden_state.shape[0])
-        encoded = self.model.qformer.encode_together(
-            queries, input_ids, attention_mask, image, decoder_ids, output_attentions, whole_text
-        )
-        return EncodedPairs(vision, image, *encoded, input_ids, attention_mask, sizes, first_row)
-
-    def contrast(
-        self,
-        pairs: EncodedPairs,
-        image_ids: torch.Tensor | None,
-        output_attentions: bool = False,
-        output_hidden_states: bool | list[int] = False,
-    ) -> Contrast:
-        """ITC logits of this rank's images (texts) with the texts (images) of all ranks."""
-        images, texts = self.features_of(pairs)
-        contrast = self.compare(images, texts, image_ids, pairs.sizes, pairs.first_row)
-        if output_attentions or output_hidden_states:
-            contrast.text.last_hidden_state = pairs.text.hidden
-            contrast.text.hidden_states = chosen_hidden_states(pairs.text.hidden_states, output_hidden_states)
-            contrast.text.attentions = pairs.text.attentions if output_attentions else None
-        return contrast
-
-    def itc_loss(self, contrast: Contrast) -> torch.Tensor:
-        """ITC over the global batch, by the softmax of the paper or by SigLIP's sigmoid."""
-        if self.itc_bias is not None:
-            return sigmoid_itc_loss(contrast.logits_per_image, contrast.positives, self.itc_bias)
-        return itc_loss(contrast.logits_per_image, contrast.logits_per_text, contrast.positives)
-
-    def features_of(self, pairs: EncodedPairs) -> tuple[torch.Tensor, Blip2xTextFeatures]:
-        """Unit-norm features of encoded images (B, Q, P), and of their texts (B, P) in `pooler_output`."""
-        images = self._unit(self.vision_projection, pairs.queries.hidden)
-        texts = self._unit(self.text_projection, pairs.text.hidden[:, 0])
-        return images, Blip2xTextFeatures(pooler_output=texts)
-
-    def compare(
-        self,
-        images: torch.Tensor,
-        text: Blip2xTextFeatures,
-        image_ids: torch.Tensor | None,
-        sizes: list[int],
-        first_row: int,
-        similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = image_text_similarity,
-    ) -> Contrast:
-        """ITC logits from this rank's features; similarity: `image_text_similarity`, or what computes the same."""
-        texts = text.pooler_output
-        all_images, all_texts = gather_rows(images, sizes), gather_rows(texts, sizes)
-        if image_ids is None:
-            local_ids = first_row + torch.arange(len(images), device=images.device)
-            all_ids = torch.arange(sum(sizes), device=images.device)
-        else:
-            local_ids, all_ids = image_ids, gather_rows(image_ids, sizes)
-        temperature = self.temperature.float().clamp(min=SMALLEST_TEMPERATURE)
-        return Contrast(
-            logits_per_image=similarity(images, all_texts) / temperature,
-            logits_per_text=similarity(all_images, texts).T / temperature,
-            positives=positive_pairs(local_ids, all_ids),
-            text=text,
-        )
-
-    @staticmethod
-    def outputs_of(
-        pairs: EncodedPairs, contrast: Contrast, output_attentions: bool, output_hidden_states: bool | list[int]
-    ) -> dict[str, object]:
-        """Outputs of tower and Q-Former that a forward returns where hidden states or attentions are asked for."""
-        if not output_attentions and not output_hidden_states:
-            return {}
-        queries = Blip2xModelOutput(
-            last_hidden_state=pairs.queries.hidden,
-            hidden_states=chosen_hidden_states(pairs.queries.hidden_states, output_hidden_states),
-            attentions=pairs.queries.attentions if output_attentions else None,
-            cross_attentions=pairs.queries.cross_attentions if output_attentions else None,
-        )
-        return {"vision_outputs": pairs.vision, "qformer_outputs": queries, "text_outputs": contrast.text}
-
-    def match(
-        self, pairs: EncodedPairs, contrast: Contrast, seed: int | None, hardness: float = 1.0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """ITM loss and accuracy over the matching pairs and a hard negative for each image and each text.
-
-        hardness: negatives are drawn by softmax(hardness * ITC logits); 0 draws evenly, 1 is the paper.
-        """
-        own = pairs.first_row + torch.arange(len(pairs.input_ids), device=pairs.input_ids.device)
-        chosen = itm_pairs(own, *self.draw_negatives(contrast, pairs.first_row, seed, hardness))
-        texts = self.gather_texts(pairs.input_ids, pairs.attention_mask, pairs.sizes)
-        vision_embeds = pairs.vision.last_hidden_state
-        fetch = None if len(pairs.sizes) == 1 else lambda index: fetch_rows(vision_embeds, index, pairs.sizes)
-        return itm_loss(self.match_logits(pairs, chosen, texts, fetch), chosen.labels)
-
-    def draw_negatives(
-        self, contrast: Contrast, first_row: int, seed: int | None, hardness: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Global number of a hard negative image for each text and of a text for each image, (B,) each; -1: none."""
-        if seed is None and not self.training:
-            seed = 0  # the same evaluation gives the same loss
-        uniform = uniform_numbers(first_row, len(contrast.positives), seed, contrast.positives.device)
-        return (
-            draw_hard_negatives(hardness * contrast.logits_per_text, contrast.positives, uniform[:, 0]),
-            draw_hard_negatives(hardness * contrast.logits_per_image, contrast.positives, uniform[:, 1]),
-        )
-
-    def gather_texts(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, sizes: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask (N, L) of the global batch."""
-        return gather_text(input_ids, attention_mask, sizes, self.config.qformer_config.pad_token_id or 0)
-
-    def match_logits(
-        self,
-        pairs: EncodedPairs,
-        chosen: ItmPairs,
-        texts: tuple[torch.Tensor, torch.Tensor],
-        fetch: Callable[[torch.Tensor], torch.Tensor] | None,
-    ) -> torch.Tensor:
-        """ITM logits (pairs, 2) of chosen images with chosen texts.
-
-        texts: ids and mask of the global batch. fetch: gives the tower's features of images that are not among
-        `pairs`, by global number; None if there are no others.
-        """
-        ids, mask = texts
-        image = self._images_of(pairs, chosen.image_index, fetch)
-        return self._itm_logits_of(ids[chosen.text_index], mask[chosen.text_index], image)
-
-    def _images_of(
-        self, pairs: EncodedPairs, global_index: torch.Tensor, fetch: Callable[[torch.Tensor], torch.Tensor] | None
-    ) -> tuple[KeyValues | None, ...]:
-        """Image keys and values by global number: those of `pairs` are indexed, only others are fetched and projected."""
-        local = len(pairs.vision.last_hidden_state)
-        index = global_index - pairs.first_row
-        if fetch is None:
-            return select_images(pairs.image_key_values, index)
-        is_remote = (index < 0) | (index >= local)
-        remote = global_index[is_remote].unique()
-        fetched = self.model.image_key_values(fetch(remote))
-        index = torch.where(is_remote, local + torch.searchsorted(remote, global_index), index)
-        both = tuple(
-            here and (torch.cat([here[0], there[0]]), torch.cat([here[1], there[1]]))
-            for here, there in zip(pairs.image_key_values, fetched)
-        )
-        return select_images(both, index)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import can_return_tuple
 
 from .configuration_blip2x import Blip2xConfig
 from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
@@ -212,6 +213,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         hidden_states = self.config.output_hidden_states if hidden_states is None else hidden_states
         return bool(attentions), hidden_states or False
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -221,7 +223,6 @@ class Blip2xModel(Blip2xPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
         interpolate_pos_encoding: bool = False,
-        return_dict: bool | None = None,
     ) -> Blip2xModelOutput | tuple:
         """Query outputs of images.
 
@@ -250,7 +251,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
             out = self.qformer.encode_pairs(
                 queries, qformer_input_ids, qformer_attention_mask, image, output_attentions
             )
-        output = Blip2xModelOutput(
+        return Blip2xModelOutput(
             last_hidden_state=out.hidden[:, : queries.shape[1]],
             hidden_states=chosen_hidden_states(out.hidden_states, output_hidden_states),
             attentions=out.attentions if output_attentions else None,
@@ -258,8 +259,6 @@ class Blip2xModel(Blip2xPreTrainedModel):
             vision_embeds=vision.last_hidden_state,
             vision_outputs=vision,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
 
 __all__ = ["Blip2xModel", "Blip2xPreTrainedModel"]

@@ -8,8 +8,6 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
-from .qformer_blip2x import KeyValues, QFormerOutput
-
 Tensors = tuple[torch.FloatTensor, ...]
 
 
@@ -124,35 +122,6 @@ class Blip2xForConditionalGenerationOutput(Seq2SeqLMOutput):
     qformer_outputs: Blip2xModelOutput | None = None
 
 
-@dataclass
-class EncodedPairs:
-    """What one batch is encoded to, once, for all objectives.
-
-    queries, text: those of ITC; decoded: the causal text of ITG, where it was asked for. sizes: rows on each rank;
-    first_row: of this rank.
-    """
-
-    vision: BaseModelOutput
-    image_key_values: tuple[KeyValues | None, ...]
-    queries: QFormerOutput
-    decoded: QFormerOutput | None
-    text: QFormerOutput
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    sizes: list[int]
-    first_row: int
-
-
-@dataclass
-class Contrast:
-    """ITC of a batch: logits (B, N) of this rank's rows against the global batch, and which of them are positives."""
-
-    logits_per_image: torch.Tensor
-    logits_per_text: torch.Tensor
-    positives: torch.Tensor
-    text: Blip2xTextFeatures
-
-
 __all__ = [
     "Blip2xForConditionalGenerationOutput",
     "Blip2xForPreTrainingOutput",
@@ -161,6 +130,4 @@ __all__ = [
     "Blip2xMultimodalFeatures",
     "Blip2xRetrievalOutput",
     "Blip2xTextFeatures",
-    "Contrast",
-    "EncodedPairs",
 ]

@@ -14,16 +14,18 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import can_return_tuple
 
-from .building_blip2x import build_pretraining
+from .assembling_blip2x import build_pretraining
 from .configuration_blip2x import Blip2xQFormerConfig
-from .imagetext_blip2x import Blip2xImageTextModel, ItgHead
+from .imagetext_blip2x import ItgHead
 from .losses_blip2x import itg_loss
-from .outputs_blip2x import Blip2xForPreTrainingOutput, EncodedPairs
+from .matching_blip2x import Blip2xMatchingModel, EncodedPairs
+from .outputs_blip2x import Blip2xForPreTrainingOutput
 from .qformer_blip2x import QFormer
 
 
-class Blip2xForPreTraining(Blip2xImageTextModel):
+class Blip2xForPreTraining(Blip2xMatchingModel):
     """Stage-1 model. `config.objectives` names what is trained; the paper trains all three."""
 
     _warned_of_single_pair = False
@@ -65,6 +67,7 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             **({} if objectives is None else {"objectives": objectives}),
         )
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -77,7 +80,6 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
-        return_dict: bool | None = None,
     ) -> Blip2xForPreTrainingOutput | tuple:
         """The three losses of B image-text pairs, means over the global batch.
 
@@ -118,7 +120,7 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             losses["loss_itm"], itm_accuracy = self.match(pairs, contrast, negative_seed, negative_hardness)
         if "itg" in self.config.objectives:
             losses["loss_itg"] = itg_loss(*self.text_logits(pairs))
-        output = Blip2xForPreTrainingOutput(
+        return Blip2xForPreTrainingOutput(
             loss=sum(losses.values()),
             **losses,
             itm_accuracy=itm_accuracy,
@@ -127,8 +129,6 @@ class Blip2xForPreTraining(Blip2xImageTextModel):
             logits_per_text=contrast.logits_per_text,
             **self.outputs_of(pairs, contrast, *options),
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
     def decoder_ids(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """input_ids (B, L) with [DEC] for [CLS]; None where ITG is not an objective."""

@@ -2,20 +2,23 @@
 
 import torch
 from torch import nn
+from transformers.utils import can_return_tuple
 
 from .configuration_blip2x import Blip2xConfig
-from .imagetext_blip2x import SMALLEST_TEMPERATURE, Blip2xImageTextModel
+from .imagetext_blip2x import SMALLEST_TEMPERATURE
 from .losses_blip2x import image_text_similarity
+from .matching_blip2x import Blip2xMatchingModel
 from .outputs_blip2x import Blip2xRetrievalOutput
 
 
-class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
+class Blip2xForImageTextRetrieval(Blip2xMatchingModel):
     """Retrieval: contrastive logits of images and texts; ITC + ITM loss for fine-tuning."""
 
     def __init__(self, config: Blip2xConfig, vision_model: nn.Module | None = None):
         super().__init__(config, vision_model)
         self.itg_head.requires_grad_(False)  # kept for the checkpoint's sake; no loss here reaches it
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -28,7 +31,6 @@ class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
-        return_dict: bool | None = None,
     ) -> Blip2xRetrievalOutput | tuple:
         """Logits (N, M) of N images and M texts; with return_loss the two must be pairs.
 
@@ -70,8 +72,7 @@ class Blip2xForImageTextRetrieval(Blip2xImageTextModel):
             if any(options):
                 output.vision_outputs = images.qformer_outputs.vision_outputs
                 output.qformer_outputs, output.text_outputs = images.qformer_outputs, texts
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return output
 
 
 __all__ = ["Blip2xForImageTextRetrieval"]

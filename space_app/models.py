@@ -207,7 +207,7 @@ def _check(config: dict, checkpoint: str, carried: bool) -> None:
     if carried and "auto_map" not in config:
         raise ValueError(
             f"{checkpoint} does not carry its code, and the package blip2x is not installed here. Save it anew with "
-            "modeling_blip2x.sharing_blip2x.save_with_code where it is, or name the package in requirements.txt."
+            "modeling_blip2x.saving_code_blip2x.save_with_code where it is, or name the package in requirements.txt."
         )
 
 

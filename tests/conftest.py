@@ -1,17 +1,12 @@
-"""No test may reach a hub, and helpers beside the tests import as modules; the Space's tiny models and pictures."""
+"""No test may reach a hub; the Space's tiny models and pictures."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tiny models: more threads only wait for one another (six times slower beside a busy core)
-ROOT = Path(__file__).parent.parent
-# As when a script of one of these folders runs: its modules import one another by name.
-sys.path[:0] = [str(ROOT / folder) for folder in ("training", "tests", "benchmarks", "space_app")]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +20,7 @@ def empty_working_directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     """Both tiny checkpoints, as the Space loads them."""
-    from space_server import load_tiny
+    from tests.helpers.space_server import load_tiny
 
     return load_tiny(tmp_path_factory.mktemp("space"))
 
@@ -33,6 +28,6 @@ def loaded(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pictures():
     """Three coarse pictures of 40 x 40."""
-    from space_server import noise_pictures
+    from tests.helpers.space_server import noise_pictures
 
     return noise_pictures()

@@ -8,7 +8,7 @@ OUT/SPLIT.parquet a row: `image`, `captions` (best first), `scores` and `sources
 read are left out and named in OUT/skipped.jsonl.
 
 The same command continues a run that was stopped, and ends with what it would have ended with: an image's captions come from
-(seed, row) alone. Only --batch_size may change on the way, and that may round a logit differently (see capfilt.py).
+(seed, row) alone. Only --batch_size may change on the way, and that may round a logit differently (see candidates.py).
 """
 
 import hashlib
@@ -20,26 +20,27 @@ from pathlib import Path
 
 import datasets
 import torch
-from args import parse_arguments
-from capfilt import (
+from tqdm import tqdm
+
+from blip2x_training.arguments.base import doc
+from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.capfilt.candidates import (
     RANKINGS,
     best,
     candidates_of,
     encode_images,
-    is_stage1,
-    load_model,
     numbers_of,
     sample_captions,
     score,
 )
-from captioned_rows import Progress, json_lines, write_dataset, write_whole
-from data import ImageDataset
-from features import images_fingerprint, weights_fingerprint
-from fields import doc
-from rows import Rows, require_column
-from sources import image_start, load_rows
-from tqdm import tqdm
-
+from blip2x_training.capfilt.progress import Progress, json_lines, write_dataset
+from blip2x_training.data.caption_dataset import ImageDataset
+from blip2x_training.data.feature_cache import images_fingerprint
+from blip2x_training.data.formats import image_start, load_rows
+from blip2x_training.data.rows import Rows, require_column
+from blip2x_training.models.loading import is_stage1, load_model
+from blip2x_training.system.atomic_files import write_whole
+from blip2x_training.system.fingerprints import weights_fingerprint
 from modeling_blip2x import Blip2xProcessor
 
 RANGES = {
@@ -249,8 +250,13 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

@@ -26,18 +26,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from args import parse_arguments
-from collators import collate_images
-from data import ImageDataset
-from features import STORED, CacheLayout, differences, images_fingerprint, to_stored, tower_fingerprint
-from fields import doc
-from inputs import load_image_processor, output_size
 from PIL import Image
-from sources import image_start, load_rows
 from tqdm import tqdm
-from transforms import augment_image
 
-from modeling_blip2x.building_blip2x import load_vision_model
+from blip2x_training.arguments.base import doc
+from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.data.caption_dataset import ImageDataset
+from blip2x_training.data.collators import collate_images
+from blip2x_training.data.feature_cache import STORED, CacheLayout, images_fingerprint, to_stored, tower_fingerprint
+from blip2x_training.data.formats import image_start, load_rows
+from blip2x_training.data.image_processor import load_image_processor, output_size
+from blip2x_training.data.transforms import augment_image
+from blip2x_training.system.fingerprints import differences
+from modeling_blip2x.assembling_blip2x import load_vision_model
 from modeling_blip2x.vision_blip2x import vision_features
 
 SHARD_BYTES = 10**9  # of a shard where no number of rows is given: what a run that is stopped loses at most
@@ -260,8 +261,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{output_dir / split.name}.json: whole")
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from args import parse_arguments
-from data import read_captions
-from fields import doc
-from sources import load_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -26,6 +22,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+
+from blip2x_training.arguments.base import doc
+from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.data.caption_dataset import read_captions
+from blip2x_training.data.formats import load_rows
 
 
 @dataclass

@@ -10,14 +10,16 @@ continues from the last whole checkpoint. --help lists the fields.
 
 import sys
 
-from args import parse_arguments
-from fields import FinetuneArguments
-from inputs import load_image_processor, start_run
-from objectives import fit_image_text, fit_language
-from quantize import four_bits, load_language_model_in_4bit, mark_as_quantized
-from run import already_finished, load_splits, steps_of
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.arguments.training import FinetuneArguments
+from blip2x_training.data.image_processor import load_image_processor
+from blip2x_training.data.splits import load_splits, steps_of
+from blip2x_training.engine.fit import already_finished
+from blip2x_training.engine.start import start_run
+from blip2x_training.engine.tasks import fit_image_text, fit_language
+from blip2x_training.models.quantize import four_bits, load_language_model_in_4bit, mark_as_quantized
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 
 
@@ -99,8 +101,13 @@ def choose_trained_parts(model, train_vision: bool) -> None:
         model.unfreeze_vision()
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

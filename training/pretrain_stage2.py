@@ -8,14 +8,17 @@ The same command again continues from the last whole checkpoint. --help lists th
 
 import sys
 
-from args import parse_arguments
-from fields import Stage2Arguments
-from inputs import load_image_processor, read_stage1_config, start_run
-from objectives import fit_language
-from quantize import load_language_model_in_4bit, mark_as_quantized
-from run import already_finished, load_splits, steps_of
 from transformers import AutoProcessor, AutoTokenizer
 
+from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.arguments.training import Stage2Arguments
+from blip2x_training.data.image_processor import load_image_processor
+from blip2x_training.data.splits import load_splits, steps_of
+from blip2x_training.engine.fit import already_finished
+from blip2x_training.engine.start import start_run
+from blip2x_training.engine.tasks import fit_language
+from blip2x_training.models.loading import read_stage1_config
+from blip2x_training.models.quantize import load_language_model_in_4bit, mark_as_quantized
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor, Blip2xQFormerConfig
 
 
@@ -67,8 +70,13 @@ def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForCondit
     return model, processor
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command()

@@ -60,14 +60,22 @@ def claim(output_dir: Path, seed: int) -> None:
 
 
 class Background:
-    """A script that makes a folder in a process of its own, with one thread; nothing to do if the folder is there."""
+    """A module of toy/ that makes a folder in its own process, with one thread; nothing to do if the folder is there."""
 
     def __init__(self, script: str, folder: Path, seed: int, options: dict[str, int | None]):
         self.script, self.folder, self.process = script, folder, None
         self.unfinished = folder.with_name(f".{folder.name}.unfinished")
         if not folder.exists():
             shutil.rmtree(self.unfinished, ignore_errors=True)
-            command = [sys.executable, str(HERE / script), "--output_dir", str(self.unfinished), "--seed", str(seed)]
+            command = [
+                sys.executable,
+                "-m",
+                f"blip2x_training.toy.{script}",
+                "--output_dir",
+                str(self.unfinished),
+                "--seed",
+                str(seed),
+            ]
             command += [word for flag, value in options.items() if value for word in (flag, str(value))]
             self.process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
             atexit.register(self.process.terminate)
@@ -86,14 +94,13 @@ class Background:
 
 def run_quickstart(output_dir: Path, seed: int, ablations: bool = False, budget: Budget | None = None) -> dict:
     """Makes all parts, trains, scores and reports below `output_dir`; returns {"full" or ablation: {split: scores}}."""
-    import cache_features
-    import pretrain_stage1
-    import pretrain_stage2
     import transformers
     from datasets import disable_progress_bars
-    from scenes import write_scenes
-    from toy_report import SPLITS, table, write_picture
-    from toy_scores import score_generation, score_retrieval
+
+    from blip2x_training import cache_features, pretrain_stage1, pretrain_stage2
+    from blip2x_training.toy.scenes import write_scenes
+    from blip2x_training.toy.scores import score_generation, score_retrieval
+    from blip2x_training.toy.summary import SPLITS, table, write_picture
 
     disable_progress_bars()
     transformers.logging.disable_progress_bar()
@@ -102,9 +109,9 @@ def run_quickstart(output_dir: Path, seed: int, ablations: bool = False, budget:
     clock = Clock()
 
     tower_options = {"--steps": budget.vision_steps, "--pictures": budget.pictures}
-    making_tower = Background("toy_vision.py", output_dir / "vision_tower", seed, tower_options)
+    making_tower = Background("vision_tower", output_dir / "vision_tower", seed, tower_options)
     language_options = {"--steps": budget.language_steps, "--scenes": budget.text_scenes}
-    making_language = Background("toy_language.py", output_dir / "language_model", seed, language_options)
+    making_language = Background("language_model", output_dir / "language_model", seed, language_options)
     dataset = write_scenes(output_dir / "scenes", seed, budget.split_sizes)
     clock.lap("scenes")
     tower = making_tower.wait()
@@ -164,7 +171,7 @@ def run_quickstart(output_dir: Path, seed: int, ablations: bool = False, budget:
     write_card([first, second], table(results))
     print("\n" + table(results) + "\n")
     print("A fresh process loads the result through AutoModelForImageTextToText and AutoProcessor:", flush=True)
-    show = [sys.executable, str(HERE / "toy_show.py"), "--model", str(second)]
+    show = [sys.executable, "-m", "blip2x_training.toy.show", "--model", str(second)]
     show += ["--dataset", str(dataset), "--output_dir", str(output_dir / "shown")]
     subprocess.run(show, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     parts = {"vision tower": tower, "language model": language_model, "stage 1": first, "stage 2": second}

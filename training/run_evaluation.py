@@ -19,24 +19,25 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from args import parse_arguments
-from evaluation.card import write_card
-from evaluation.choosing import class_names, read_names
-from evaluation.fields import FREE, EvaluationArguments, choose_prompt
-from evaluation.itc_score import score_by_itc
-from evaluation.journal import Journal
-from evaluation.lemmatizer import load_lemmatizer
-from evaluation.models import Checkpoint, check_task, load_checkpoint
-from evaluation.predict import Predictions, choose, drop_unreadable, retrieve, write_texts
-from evaluation.published import PUBLISHED
-from evaluation.report import write_report
-from evaluation.results import table, write_results
-from evaluation.samples import EvaluationSet
-from evaluation.scoring import counts, make_records, score
-from features import weights_fingerprint
-from inputs import output_size
-from official import evaluation_rows
-from sources import image_start
+
+from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.data.evaluation_formats import evaluation_rows
+from blip2x_training.data.formats import image_start
+from blip2x_training.data.image_processor import output_size
+from blip2x_training.evaluation.choosing import class_names, read_names
+from blip2x_training.evaluation.evaluated_model import Checkpoint, check_task, load_checkpoint
+from blip2x_training.evaluation.fields import FREE, EvaluationArguments, choose_prompt
+from blip2x_training.evaluation.itc_score import score_by_itc
+from blip2x_training.evaluation.journal import Journal
+from blip2x_training.evaluation.lemmatizer import load_lemmatizer
+from blip2x_training.evaluation.predict import Predictions, choose, drop_unreadable, retrieve, write_texts
+from blip2x_training.evaluation.published import PUBLISHED
+from blip2x_training.evaluation.report.card import write_card
+from blip2x_training.evaluation.report.page import write_report
+from blip2x_training.evaluation.results import table, write_results
+from blip2x_training.evaluation.samples import EvaluationSet
+from blip2x_training.evaluation.scoring import counts, make_records, score
+from blip2x_training.system.fingerprints import weights_fingerprint
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -220,7 +221,8 @@ def finish(
     print("Written: " + ", ".join(map(str, written)))
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """main, with a mistake told in one line: the installed command."""
     try:
         main()
     except (ValueError, OSError) as error:
@@ -228,3 +230,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from what is done.", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    command()

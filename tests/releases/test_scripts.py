@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation_parts import CAPTIONS, coco_file, make_photos
 from PIL import Image
-from processes import STAGE1, flags
 from safetensors.torch import load_file
-from training_parts import make_image_folder, make_language_model, make_vision_model
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
+
+from tests.helpers.evaluation_parts import CAPTIONS, coco_file, make_photos
+from tests.helpers.processes import STAGE1, flags
+from tests.helpers.training_parts import make_image_folder, make_language_model, make_vision_model
 
 pytestmark = pytest.mark.releases
 TRAINING = Path(__file__).parents[2] / "training"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import requests
 from PIL import Image
-from space_server import EXAMPLES, SPACE, WAIT, clean_environment, copy_of_the_app, save_tiny, serving
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from modeling_blip2x.sharing_blip2x import save_with_code
+from modeling_blip2x.saving_code_blip2x import save_with_code
+from tests.helpers.space_server import EXAMPLES, SPACE, WAIT, clean_environment, copy_of_the_app, save_tiny, serving
 
 pytestmark = pytest.mark.releases
 ROOT = SPACE.parent

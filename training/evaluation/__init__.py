@@ -1,1 +1,1 @@
-"""What run_evaluation.py is made of: fields, samples, journal, the four tasks, scores, result files, report and card."""
+"""Evaluation of a checkpoint on a task, and the validation of a training run."""

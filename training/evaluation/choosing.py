@@ -8,13 +8,22 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from collators import IGNORE, CausalLMCollator, Seq2SeqLMCollator, collate_images, collate_prompts, filler_of, pad
-from rows import Rows
-from transforms import clean_caption
 
-from evaluation.models import Checkpoint
-from evaluation.samples import COLUMNS
 from modeling_blip2x.outputs_blip2x import Blip2xImageFeatures
+
+from ..data.collators import (
+    IGNORE,
+    CausalLMCollator,
+    Seq2SeqLMCollator,
+    collate_images,
+    collate_prompts,
+    filler_of,
+    pad,
+)
+from ..data.rows import Rows
+from ..data.transforms import clean_caption
+from .evaluated_model import Checkpoint
+from .samples import COLUMNS
 
 PAIRS_AT_ONCE = 64  # (image, candidate), whose logits over the vocabulary are in memory together
 Rank = Callable[[list[dict]], list[list[float]]]  # for each item a score for each candidate, the best is highest

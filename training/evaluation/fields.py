@@ -9,10 +9,9 @@ The YAML files are the presets: protocols of the paper and of LAVIS.
 from dataclasses import dataclass
 from pathlib import Path
 
-from fields import doc, looks_like_path
-from retrieval import MODES
-
-from evaluation.published import PUBLISHED
+from ..arguments.base import doc, looks_like_path
+from .published import PUBLISHED
+from .retrieval import MODES
 
 BEAMS = 5  # of every generation in the paper
 CAPTION_PROMPT = "a photo of"

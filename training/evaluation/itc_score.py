@@ -7,12 +7,12 @@ compared; `itc_score_references`, the same of the human captions, tells what thi
 
 import torch
 from accelerate import Accelerator
-from transforms import clean_caption
-from written import share_work
 
-from evaluation.fields import EvaluationArguments
-from evaluation.models import load_checkpoint
-from evaluation.samples import EvaluationSet
+from ..data.transforms import clean_caption
+from .evaluated_model import load_checkpoint
+from .fields import EvaluationArguments
+from .samples import EvaluationSet
+from .writing import share_work
 
 
 def score_by_itc(

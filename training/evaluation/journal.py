@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-from captioned_rows import write_whole
-from features import differences
+
+from ..system.atomic_files import write_whole
+from ..system.fingerprints import differences
 
 
 class Journal:

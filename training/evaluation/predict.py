@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from images import BadRow
-from metrics.retrieval_recall.scores import ranks, retrieval_recall
-from retrieval import RetrievalSet, match_shortlists, mode_scores, ranked_scores, shortlists
 from tqdm import tqdm
-from written import itg_writer, language_writer, share_work
 
-from evaluation.choosing import candidate_ranker, class_ranker
-from evaluation.fields import EvaluationArguments
-from evaluation.journal import Journal
-from evaluation.models import Checkpoint
-from evaluation.samples import EvaluationSet
+from ..data.images import BadRow
+from ..metrics.retrieval_recall.scores import ranks, retrieval_recall
+from .choosing import candidate_ranker, class_ranker
+from .evaluated_model import Checkpoint
+from .fields import EvaluationArguments
+from .journal import Journal
+from .retrieval import RetrievalSet, match_shortlists, mode_scores, ranked_scores, shortlists
+from .samples import EvaluationSet
+from .writing import itg_writer, language_writer, share_work
 
 TOP = 5  # candidates and texts that predictions.json lists
 

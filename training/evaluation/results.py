@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from captioned_rows import write_whole
-
-from evaluation.fields import EvaluationArguments
-from evaluation.scoring import as_items
+from ..system.atomic_files import write_whole
+from .fields import EvaluationArguments
+from .scoring import as_items
 
 
 def official_results(args: EvaluationArguments, records: list[dict]) -> tuple[str, str] | None:

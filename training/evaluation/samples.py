@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
-from data import ImageDataset, fill_prompt
-from images import NO_NAME, BadRow, image_keys, number_images, open_image
 from PIL import Image
-from rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
-from transforms import clean_caption
+
+from ..data.caption_dataset import ImageDataset, fill_prompt
+from ..data.images import NO_NAME, BadRow, image_keys, number_images, open_image
+from ..data.rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
+from ..data.transforms import clean_caption
 
 COLUMNS = {  # task: where its texts are looked for
     "caption": ("caption", "captions", "text", "text_output"),

@@ -5,17 +5,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 
-from metrics.caption.java_scores import java_scores
-from metrics.caption.ptb import tokenize
-from metrics.caption.scores import caption_scores, caption_scores_per_image
-from metrics.exact_match.scores import exact_match
-from metrics.vqa_accuracy.scores import answer_accuracy, vqa_accuracy
-from metrics.wups.scores import wups
-from written import ANNOTATORS
-
-from evaluation.fields import EvaluationArguments
-from evaluation.published import OFFICIAL_SIZE, PUBLISHED
-from evaluation.samples import Sample
+from ..metrics.caption.java_scores import java_scores
+from ..metrics.caption.ptb import tokenize
+from ..metrics.caption.scores import caption_scores, caption_scores_per_image
+from ..metrics.exact_match.scores import exact_match
+from ..metrics.vqa_accuracy.scores import answer_accuracy, vqa_accuracy
+from ..metrics.wups.scores import wups
+from .fields import EvaluationArguments
+from .published import OFFICIAL_SIZE, PUBLISHED
+from .samples import Sample
+from .writing import ANNOTATORS
 
 SMALL_GALLERY = 10  # images of a retrieval below which its figures are luck
 NOCAPS = {"in-domain": "in", "near-domain": "near", "out-domain": "out"}

@@ -3,10 +3,11 @@
 import datasets
 import evaluate
 
-from .answers import normalize_answer
+from blip2x_training.metrics.vqa_accuracy.answers import normalize_answer
+
 from .scores import exact_match
 
-__all__ = ["ExactMatch", "normalize_answer"]  # evaluate copies only what this file imports, answers.py too
+__all__ = ["ExactMatch", "normalize_answer"]
 
 DESCRIPTION = """Share of answers that equal a reference after normalisation: GQA and other sets with right and wrong answers.
 OK-VQA's official figure is that of vqa_accuracy."""

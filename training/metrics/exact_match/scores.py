@@ -1,6 +1,6 @@
 """Share of answers that equal a reference, for data sets that score an answer as right or wrong."""
 
-from .answers import normalize_answer
+from blip2x_training.metrics.vqa_accuracy.answers import normalize_answer
 
 NORMALIZATIONS = {"vqa": normalize_answer, "none": str}
 

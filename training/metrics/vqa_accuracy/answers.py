@@ -1,6 +1,6 @@
 """Normalisation of short answers by the official VQAv2 scorer (visualqa.org/evaluation.html).
 
-exact_match links to this file: evaluate copies a metric's own folder only, and there shall be one copy of this table.
+exact_match imports it from the installed package: evaluate copies a metric's own folder only.
 """
 
 import re

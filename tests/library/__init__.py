@@ -1,0 +1,1 @@
+"""The library, without training and Space."""

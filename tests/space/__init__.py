@@ -1,0 +1,1 @@
+"""The Space: what it says, how it serves, and in a browser."""

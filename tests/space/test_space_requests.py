@@ -1,0 +1,296 @@
+"""How the Space takes a request: what it refuses, how it works and stops, and what the page shows, without a server."""
+
+import io
+import threading
+
+import about
+import answers
+import app
+import charts
+import chat_tab
+import gradio as gr
+import models as space_models
+import pytest
+import search_tab
+import torch
+import uploads
+import work
+from gradio_internals import refuse_addresses
+from mistakes import Mistake
+from PIL import Image, ImageFile
+from settings import RANGES, Settings, check_text, check_texts, check_whole
+
+from blip2x_training.toy.examples import draw_examples
+from tests.helpers.space_server import EXAMPLES, SPACE, WAIT, hold_first_generation
+from tests.helpers.tiny import image
+
+# What is refused
+
+
+@pytest.mark.parametrize("name", [*RANGES, "captions"])
+def test_a_setting_outside_its_range_is_refused(name):
+    high = 5 if name == "captions" else RANGES[name].high
+    for wrong in (high + 1, -2, float("nan"), "3", None, True):
+        with pytest.raises(gr.Error):
+            Settings(**{name: wrong})
+
+
+def test_settings_that_contradict_one_another_are_refused():
+    with pytest.raises(gr.Error, match="whole number"):
+        Settings(num_beams=2.5)
+    with pytest.raises(gr.Error, match="Shortest"):
+        Settings(min_length=20, max_length=10)
+    with pytest.raises(gr.Error, match="beam or nucleus"):
+        Settings("magic")
+    with pytest.raises(gr.Error, match="501 characters"):
+        check_text("a" * 501, "The prompt")
+    with pytest.raises(gr.Error, match="at most 50"):
+        check_texts("a\n" * 51)
+    with pytest.raises(gr.Error, match="empty"):
+        check_text("  ", "The question")
+    with pytest.raises(gr.Error, match="Seed is 1.5; it must be a whole number"):
+        Settings(seed=1.5)
+    for wrong in (-1, 51, 2.5, "3", None, True, float("nan")):
+        with pytest.raises(gr.Error, match="Earlier turns is .*whole number from 0 to 50"):
+            check_whole(wrong, "Earlier turns", 50)
+    assert check_whole(7.0, "Earlier turns", 50) == 7
+
+
+def test_a_visitors_mistake_leaves_no_traceback_in_the_log():
+    with pytest.raises(Mistake) as told:
+        Settings(num_beams=0)
+    assert told.value.print_exception is False
+
+
+def saved(tmp_path, name, picture, **options):
+    picture.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def test_uploads_are_turned_upright_and_flattened(tmp_path):
+    half = Image.new("RGB", (60, 30), "red")
+    half.paste("blue", (30, 0, 60, 30))
+    exif = half.getexif()
+    exif[274] = 6  # to be turned a quarter clockwise
+    turned = uploads.open_upload(saved(tmp_path, "turned.png", half, exif=exif))
+    assert turned.size == (30, 60) and turned.getpixel((15, 5))[0] > 200 and turned.getpixel((15, 55))[2] > 200
+    clear = uploads.open_upload(saved(tmp_path, "clear.png", Image.new("RGBA", (9, 9), (0, 0, 0, 0))))
+    assert clear.getpixel((4, 4)) == (255, 255, 255)
+    assert uploads.open_upload(saved(tmp_path, "large.jpg", image("red", (3000, 2000)))).size == (1024, 683)
+    for name in ("a.webp", "a.gif", "a.bmp"):
+        assert uploads.open_upload(saved(tmp_path, name, image())).mode == "RGB"
+
+
+def test_what_is_no_sound_picture_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(gr.Error, match="not a picture"):
+        uploads.open_upload(tmp_path / "text.png")
+    noise = io.BytesIO()
+    Image.effect_noise((200, 200), 90).save(noise, "PNG")
+    (tmp_path / "cut.png").write_bytes(noise.getvalue()[: len(noise.getvalue()) // 2])
+    with pytest.raises(gr.Error, match="damaged or cut off"):
+        uploads.open_upload(tmp_path / "cut.png")
+    bomb = saved(tmp_path, "bomb.png", Image.new("1", (30000, 30000)))
+    assert bomb.stat().st_size < 1e6
+    large = saved(tmp_path, "large.png", Image.new("1", (9000, 6000)))
+    with monkeypatch.context() as header_only:
+        header_only.setattr(ImageFile.ImageFile, "load", lambda picture: pytest.fail("its pixels were decoded"))
+        with pytest.raises(gr.Error, match="megapixels"):
+            uploads.open_upload(bomb)
+        with pytest.raises(gr.Error, match="54 megapixels"):
+            uploads.open_upload(large)
+    monkeypatch.setattr(uploads, "MAX_MEGABYTES", 0.00001)
+    with pytest.raises(gr.Error, match="MB"):
+        uploads.open_upload(saved(tmp_path, "heavy.png", image()))
+    (tmp_path / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(gr.Error):  # PostScript would run a program
+        uploads.open_upload(tmp_path / "page.eps")
+
+
+def test_only_files_that_were_uploaded_are_opened(tmp_path, monkeypatch):
+    cache = tmp_path / "uploads"
+    cache.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(cache))
+    ours, theirs = saved(cache, "ours.png", image("red")), saved(tmp_path, "theirs.png", image("blue"))
+    (cache / "link.png").symlink_to(theirs)
+    assert uploads.open_image({"path": str(ours)}).getpixel((5, 5)) == image("red").getpixel((5, 5))
+    elsewhere = (theirs, cache / ".." / "theirs.png", cache / "link.png", tmp_path / "uploads_too" / "a.png")
+    for path in (*map(str, elsewhere), 7, None, "", "a\0b"):
+        with pytest.raises(Mistake, match="are not opened"):
+            uploads.open_image({"path": path})
+    for wrong in ("photo.jpg", 7, []):
+        with pytest.raises(Mistake, match="are not opened"):
+            uploads.open_image(wrong)
+    for gone in ("gone.png", "a" * 5000):  # the cache is swept
+        with pytest.raises(Mistake, match="no longer here"):
+            uploads.open_image({"path": str(cache / gone)})
+    with pytest.raises(Mistake, match="as a file, not as a data address"):
+        uploads.open_image({"path": str(ours), "url": "data:image/png;base64,AAAA"})
+    with pytest.raises(Mistake, match="There is no picture"):
+        uploads.open_image(None)
+
+
+def test_a_gallery_holds_files_in_any_form_and_no_videos(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    colours = {name: {"path": str(saved(tmp_path, f"{name}.png", image(name)))} for name in ("red", "blue")}
+    files = [{**file, "meta": {"_type": "gradio.FileData"}} for file in colours.values()]
+
+    def first_pixels(sent):
+        return [one.getpixel((5, 5)) for one in uploads.open_images(uploads.Entries(sent).model_dump())]
+
+    expected = [image(name).getpixel((5, 5)) for name in colours]
+    for sent in (files, [(file, "caption") for file in files], [{"image": file, "caption": None} for file in files]):
+        assert first_pixels(sent) == expected
+    with pytest.raises(Mistake, match="Videos are not taken"):
+        first_pixels([{"video": files[0], "caption": None}])
+    with pytest.raises(Mistake, match="These are 65 pictures; at most 64"):
+        first_pixels(files[:1] * 65)
+    with pytest.raises(ValueError, match="neither an image nor a video"):
+        first_pixels([{"picture": files[0]}])
+
+
+def test_addresses_are_refused_at_any_depth():
+    local = {"path": "/tmp/a.png", "meta": {"_type": "gradio.FileData"}}
+    refuse_addresses([local, [{"image": local}], "see http://127.0.0.1 for more"])
+    for address in ("http://127.0.0.1/a.png", "HTTPS://example.com/a.png", "file:///etc/passwd"):
+        for sent in (
+            [{"path": address}],
+            [[{"image": {"path": address}, "caption": None}]],
+            [{"a": [{"path": address}]}],
+        ):
+            with pytest.raises(Mistake, match="Addresses are not fetched"):
+                refuse_addresses(sent)
+
+
+# Work
+
+
+def test_closing_a_stream_frees_the_models_thread(loaded, pictures, monkeypatch):
+    """The generation waits at its fifth token for its end, so that the order of the two is the same on any machine."""
+    steps, held = [], threading.Event()
+    monkeypatch.setattr(work.StopWhenTold, "__call__", hold_first_generation(work.StopWhenTold, held.set))
+    handle = loaded.speaker.model.language_model.register_forward_pre_hook(lambda *_: steps.append(1))
+    settings = Settings(num_beams=1, min_length=40, max_length=40)
+    stream = answers.answer(loaded, pictures[0], "what ?", [], settings)
+    next(stream)
+    assert held.wait(WAIT)
+    stream.close()
+    handle.remove()
+    assert work.MODEL_THREAD.submit(lambda: True).result(timeout=WAIT)
+    assert len(steps) == 5
+
+
+def test_an_error_reaches_the_visitor_as_a_sentence_and_the_next_request_is_fine():
+    def failing(error):
+        def work_(_):
+            raise error
+
+        yield from work.cancellable(work_, None)
+
+    for error, sentence in (
+        (torch.OutOfMemoryError("CUDA out of memory"), "ran out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "ran out of memory"),
+        (KeyError("/secret/path"), "Something went wrong"),
+        (gr.Error("plain"), "plain"),
+    ):
+        with pytest.raises(gr.Error, match=sentence):
+            list(work.with_plain_errors(failing)(error))
+    assert list(work.cancellable(lambda _: 7, None))[-1] == 7
+
+
+def test_an_error_while_streaming_ends_the_stream(loaded):
+    def generate(streamer, stop):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(work.streamed(generate, loaded.speaker.processor.tokenizer))
+
+
+# What is shown
+
+MATCH_TEXTS = "Texts, one on each line"
+
+
+def test_texts_from_outside_are_escaped():
+    evil = "<img src=x onerror=alert(1)>"
+    scores = {"texts": [evil], "itc": [[0.5]], "itm": [[0.25]]}
+    pages = [
+        charts.chart(scores, [image()]),
+        charts.chart({"texts": [evil], "itc": [[0.5]] * 2, "itm": [[0.25]] * 2}, [image()] * 2),
+    ]
+    pages.append(charts.text_ranking([{"text": evil, "itc": 0.5, "itm": None}]))
+    for page in pages:
+        assert "<img src=x" not in page and "&lt;img" in page and "0.500" in page
+    assert "0.250" in pages[0] and "picture 2" in pages[1] and charts.chart(None, []) == ""
+
+
+def test_a_matrix_has_a_row_for_each_text_and_a_column_for_each_picture():
+    scores = {
+        "texts": ["one", "two", "three"],
+        "itc": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],
+        "itm": [[0.7] * 3, [0.8] * 3],
+    }
+    page = charts.chart(scores, [image("red"), image("blue")])
+    rows = page.split("<tr>")[1:]
+    assert len(rows) == 4 and rows[0].count('<img src="data:image/jpeg;base64,') == 2
+    assert ">two<" in rows[2] and "ITC 0.200" in rows[2] and "ITC 0.500" in rows[2] and "ITC 0.300" not in rows[2]
+    assert "<small>ITM</small> <b>0.800</b>" in rows[2]
+    assert charts.chart(scores, [image()]) == ""  # a picture was taken away in the meantime
+
+
+def test_a_search_that_finds_nothing_says_so():
+    def ranking(*matches):
+        return [{"image": i, "text": "a", "itc": 0.5, "itm": match} for i, match in enumerate(matches)]
+
+    assert "the highest ITM is 0.02" in charts.verdict(ranking(0.02, 0.01, None))
+    assert charts.verdict(ranking(0.01, 0.5)) == charts.verdict(ranking(None)) == charts.verdict(None) == ""
+    assert "Nothing here matches well" in charts.text_ranking(ranking(0.1))
+    shown, sentence = search_tab.show_ranking(["a", "b"], ranking(0.1, 0.2))
+    assert [label for _, label in shown] == ["1. ITC 0.50, ITM 0.10", "2. ITC 0.50, ITM 0.20"] and sentence.visible
+    assert search_tab.show_ranking(["a"], ranking(0.1, 0.2))[0] == []  # a picture was taken away in the meantime
+
+
+def test_match_starts_with_what_its_pictures_show_and_a_text_with_their_words_in_another_order(loaded, tmp_path):
+    boxes = [block for block in app.build(loaded).blocks.values() if getattr(block, "label", None) == MATCH_TEXTS]
+    drawn = [caption for _, caption in draw_examples(tmp_path)]
+    assert len(boxes) == 2  # of Match, and of Search by a picture
+    for box in boxes:
+        *shown, swapped = box.value.splitlines()
+        assert shown == drawn[:3]
+        assert swapped not in drawn and sorted(swapped.split()) in [sorted(caption.split()) for caption in shown]
+
+
+@pytest.mark.parametrize(
+    "roles, promised", [((1, 1), "ask about them, match and search"), ((1, 0), "ask"), ((0, 1), "match")]
+)
+def test_the_headline_promises_what_is_there(loaded, roles, promised):
+    parts = [part if there else None for part, there in zip(loaded.parts, roles)]
+    with_tabs = app.build(space_models.Models(*parts)).blocks.values()
+    headline = next(block.value for block in with_tabs if getattr(block, "elem_id", None) == "title")
+    assert promised in headline and ("ask" in headline) == roles[0] and ("match" in headline) == roles[1]
+
+
+def test_turns_that_are_left_out_are_counted():
+    assert "its first turn was left out" in chat_tab.left_out(1)
+    assert "its first 2 turns were left out" in chat_tab.left_out(2)
+
+
+def test_about_reads_the_model_card(loaded, tmp_path):
+    part = loaded.matcher
+    page = about.about(loaded)
+    assert f"{about.size_of(part.model.num_parameters())}" in page and "float32" in page and "not stated" in page
+    assert str(part.source) not in page  # where it lies is nobody's business
+    text = "---\nlicense: mit\ndemo: {turns: 2}\n---\n# Toy\n## Limits and biases\nOnly <b>shapes</b>.\n## Use\nNo.\n"
+    (tmp_path / "README.md").write_text(text)
+    carded = space_models.Part("a/b", str(tmp_path), part.model, part.processor)
+    page = about.about(space_models.Models(None, carded))
+    assert "mit" in page and "Only &lt;b&gt;shapes" in page and "No." not in page
+    assert about.card_of(carded).data.to_dict()["demo"] == {"turns": 2}
+
+
+def test_examples_are_what_the_project_draws(tmp_path):
+    for path, caption in draw_examples(tmp_path):
+        ours = SPACE / "examples" / path.name
+        assert ours in EXAMPLES and caption.replace(" ", "_") in ours.name
+        assert list(Image.open(ours).convert("RGB").getdata()) == list(Image.open(path).convert("RGB").getdata())
+    assert len(EXAMPLES) == 6

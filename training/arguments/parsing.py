@@ -1,0 +1,141 @@
+"""Reads a command line, and the YAML file it names, into a dataclass of fields.
+
+A YAML file given by --config sets defaults, flags on the command line override them. Both go through
+`transformers.HfArgumentParser`, so a value means the same in either place. Whatever is wrong (unknown keys and flags,
+wrong types, values out of range, missing fields) is collected and reported at once.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+# peft imports bitsandbytes where it is installed, which then misses an optional package aloud, whatever the command is.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def parse_arguments(kind: type, argv: list[str]):
+    """Read `argv` (and the YAML file it names) into a dataclass of the given kind.
+
+    Raises ValueError with one line for each wrong field.
+    """
+    parser = HfArgumentParser(kind, exit_on_error=False, allow_abbrev=False, description=kind.__doc__)
+    parser.add_argument("--config", help="YAML file with defaults for the fields below.")
+    if any(flag in ("-h", "--help") for flag in argv):
+        parser.print_help()
+        raise SystemExit(0)
+
+    groups, problems = split_flags(argv)
+    config = [values for flag, values in groups if flag == "--config"]
+    values, from_file = read_yaml(config[-1], parser, kind) if config else ({}, [])
+    problems += from_file
+    for flag, tokens in groups:
+        if flag != "--config":
+            read_flag(parser, kind, flag, tokens, values, problems)
+
+    arguments = kind(**values)
+    if isinstance(getattr(arguments, "qformer_config", None), str):
+        try:
+            arguments.qformer_config = json.loads(arguments.qformer_config)
+            assert isinstance(arguments.qformer_config, dict)
+        except (ValueError, AssertionError):
+            problems.append(
+                f"--qformer_config is {arguments.qformer_config!r}, but must be a mapping such as "
+                "'{\"hidden_size\": 256}'."
+            )
+    problems += arguments.problems()
+    if problems:
+        raise ValueError(f"{len(problems)} wrong field(s):\n" + "\n".join(f"  {problem}" for problem in problems))
+    return arguments
+
+
+def split_flags(argv: list[str]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Group a command line into (flag, values) pairs; a value that no flag precedes is a problem."""
+    groups, problems = [], []
+    for token in argv:
+        if token.startswith("--"):
+            flag, equals, value = token.partition("=")
+            groups.append((flag.replace("-", "_").replace("__", "--", 1), [value] if equals else []))
+        elif groups:
+            groups[-1][1].append(token)
+        else:
+            problems.append(f"{token!r} stands before any flag. Write --field {token}.")
+    return groups, problems
+
+
+def read_yaml(tokens: list[str], parser: HfArgumentParser, kind: type) -> tuple[dict, list[str]]:
+    """Values and problems of a YAML file. Each value takes the command line's way, so types are checked once."""
+    if len(tokens) != 1:
+        return {}, [f"--config takes one YAML file, not {tokens}."]
+    path = Path(tokens[0])
+    if not path.exists() and (CONFIGS / path).exists():  # a recipe that comes with the package
+        path = CONFIGS / path
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        return {}, [f"--config {path} cannot be read: {error}. Check the path and the YAML."]
+    if not isinstance(content, dict):
+        return {}, [f"--config {path} holds a {type(content).__name__}, but must hold lines of `field: value`."]
+    values, problems = {}, []
+    for key, value in content.items():
+        if value is None and key in field_names(kind):
+            values[key] = None
+        elif isinstance(value, list):
+            read_flag(parser, kind, f"--{key}", [str(item) for item in value], values, problems)
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            read_flag(parser, kind, f"--{key}", [text], values, problems)
+    return values, [f"{problem} (in {path})" for problem in problems]
+
+
+def read_flag(parser: HfArgumentParser, kind: type, flag: str, tokens: list[str], values: dict, problems: list) -> None:
+    """Put the value of one flag into `values`, or what is wrong with it into `problems`."""
+    names = field_names(kind)
+    name = flag.removeprefix("--")
+    if name not in names and name.removeprefix("no_") not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        problems.append(
+            f"{flag} is not a field. " + (f"Did you mean --{near[0]}?" if near else "See --help for the fields.")
+        )
+        return
+    name = name if name in names else name.removeprefix("no_")
+    if tokens in (["null"], ["None"]):  # the way back to a default of null that a YAML file overrides
+        values[name] = None
+        return
+    try:
+        # "=" keeps a value that starts with a dash, such as -2, from being read as another flag.
+        known, rest = parser.parse_known_args([f"{flag}={tokens[0]}"] if len(tokens) == 1 else [flag, *tokens])
+    except argparse.ArgumentError as error:
+        problems.append(f"{flag} {' '.join(tokens)}: {error.message.rstrip('.')}.")
+        return
+    if rest:
+        problems.append(f"{flag} takes one value, but got {tokens}. Quote it, or drop the rest.")
+        return
+    values[name] = getattr(known, name)
+
+
+def field_names(kind: type) -> list[str]:
+    return [item.name for item in dataclass_fields(kind)]
+
+
+def save_arguments(arguments: object, path: Path) -> None:
+    """Write the fields as YAML that --config reads back, without `overwrite_output_dir`: a repeat continues."""
+    values = {name: value for name, value in asdict(arguments).items() if name != "overwrite_output_dir"}
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def changed_fields(arguments: object, path: Path) -> list[str]:
+    """What differs from the YAML that an earlier run left at `path`, as `--field before -> now`."""
+    if not path.exists():
+        return []
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    now = asdict(arguments)
+    return [f"--{n} {before[n]} -> {now[n]}" for n in before if n in now and before[n] != now[n]]

@@ -1,0 +1,1 @@
+"""CapFilt: captions drawn by one model and ranked by another."""

@@ -1,0 +1,1 @@
+"""From files and hubs to batches: formats, rows, images, order, collators, the feature cache."""

@@ -1,0 +1,298 @@
+"""Data sets of images with texts, indexed by (epoch, row), over the rows that formats.py loads.
+
+Everything random about a row (drawn caption, crop, flip, prefix split, what stands in for a bad row) comes from (seed,
+epoch, row): no worker or process holds state. The order of rows is in `order`.
+"""
+
+import random
+from bisect import bisect_right
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+
+from ..system.signals import shield_worker
+from .bad_rows import TRIES, ReportedBatches, Reporting, SkipLog
+from .images import BadRow, image_keys, image_name, keep_encoded, number_images, open_image, opened
+from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
+from .transforms import augment_image, clean_caption
+
+Turn = tuple[str, list[str]]  # a question ("" for none) and the texts that answer it, of which each visit draws one
+
+
+class ImageDataset(torch.utils.data.Dataset):
+    """The images of rows, opened one by one; relative paths start at `folder`."""
+
+    def __init__(self, rows: datasets.Dataset | Rows, image_column: str, folder: Path | None = None):
+        require_column(rows, image_column, "image_column")
+        self.images = keep_encoded(rows, image_column).select_columns([image_column])
+        self.image_column, self.folder = image_column, folder
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, row: int) -> Image.Image:
+        """The upright RGB image of a row; raises ValueError with row and path if it cannot be read."""
+        try:
+            return open_image(self.images[row][self.image_column], self.folder)
+        except BadRow as error:
+            raise ValueError(
+                f"The image of row {row} ({self.name(row)}) cannot be read: {error}. Repair or remove the row."
+            ) from error
+
+    def name(self, row: int) -> str:
+        return image_name(self.images[row][self.image_column], self.folder)
+
+
+class CaptionDataset(ImageDataset):
+    """Map-style dataset of images with texts, indexed by (epoch, index of a usable row).
+
+    An item holds `text` (str), `prompt` (str), `image_id` (int, equal for rows that show the same image), `draw` (float
+    in [0, 1), for the collator), `skipped` (reports of rows that could not be read, in whose place this one is), and either
+    `image` (RGB PIL image; where crops are drawn, levels (3, *crop_size) uint8) or, after `use_features`, `vision_embeds`
+    (N, D) float32.
+
+    Rows without image or text are left out: `left_out` has their reports, `kept` the numbers of the others.
+
+    Args:
+        rows: dataset rows with `image_column` and `text_column`; the latter holds one text or a list of texts.
+        text_column: None takes the first of `rows.TEXT_COLUMNS` that there is.
+        prompt_column: question that the texts answer; a list of questions has one text, or list of texts, for each. "auto"
+            takes the first of `rows.PROMPT_COLUMNS`, None leaves questions out.
+        prompt: goes before every text; `{}` in it stands for the question.
+        crop_size: (height, width) of the training augmentation; None for no augmentation.
+        draw_text: True draws one question and text each visit, False takes the first.
+        source: data set and split, as reports name them.
+        known_images: numbers of images given so far, shared by data sets that are trained on together.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset | Rows,
+        *,
+        image_column: str = "image",
+        text_column: str | None = None,
+        prompt_column: str | None = None,
+        prompt: str = "",
+        clean_captions: bool = True,
+        folder: Path | None = None,
+        seed: int | str = 0,
+        crop_size: tuple[int, int] | None = None,
+        draw_text: bool = True,
+        source: tuple[str, str] = ("", ""),
+        known_images: dict | None = None,
+    ):
+        super().__init__(rows, image_column, folder)
+        text_column = find_column(rows, text_column, TEXT_COLUMNS, "text_column")
+        if prompt_column is not None:
+            wanted = None if prompt_column == "auto" else prompt_column
+            prompt_column = find_column(rows, wanted, PROMPT_COLUMNS, "prompt_column")
+        self.prompt, self.asks, self.seed = prompt, prompt_column is not None, seed
+        self.crop_size, self.draw_text, self.features = crop_size, draw_text, None
+        self.source, self.sources = source, {source}
+        self.skip_log: SkipLog | None = None
+
+        keys = list(image_keys(self.images, image_column, folder))
+        turns = read_turns(rows, text_column, prompt_column, clean_captions)
+        faults = [next((part for part in pair if isinstance(part, BadRow)), None) for pair in zip(keys, turns)]
+        self.num_rows, self.kept = len(rows), np.flatnonzero([fault is None for fault in faults])
+        self.left_out = [self.report(row, fault) for row, fault in enumerate(faults) if fault is not None]
+        if not len(self.kept):
+            first = self.left_out[0]
+            raise ValueError(
+                f"None of the {self.num_rows} rows of {source[0] or 'the dataset'} can be used, the first: {first['name']}: "
+                f"{first['reason']}. Relative paths start at {folder or 'the working directory'}; --image_folder changes it, "
+                "--text_column the column of the texts."
+            )
+        numbers = number_images(keys, read_image_ids(rows, source[0]), {} if known_images is None else known_images)
+        self.turns, self.image_ids = [turns[row] for row in self.kept], [numbers[row] for row in self.kept]
+        shards = getattr(rows, "shards", None)
+        self.shards = None if shards is None else shards[self.kept]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    @property
+    def parts(self) -> list["CaptionDataset"]:
+        return [self]
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """All texts of each usable row."""
+        return [[text for _, texts in turns for text in texts] for turns in self.turns]
+
+    @property
+    def references(self) -> list[list[str]]:
+        """Texts that answer the first question of each usable row, which is the one asked where nothing is drawn."""
+        return [turns[0][1] for turns in self.turns]
+
+    def use_features(self, features) -> None:
+        """Give out rows of a `features.FeatureCache` in place of images.
+
+        Of several views each visit draws one where it draws a text too, else it takes the first.
+        """
+        if len(features) != self.num_rows:
+            raise ValueError(
+                f"The feature cache holds {len(features)} rows, the dataset {self.num_rows}. Write the cache again."
+            )
+        self.features = features
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """The item of a visit. A bad row is replaced by another; after `TRIES` bad ones there is `skipped` alone."""
+        epoch, visited = key
+        index, reports = visited, []
+        while len(reports) < TRIES:
+            try:
+                return {**self.item(index, random.Random(f"{self.seed}-{epoch}-{visited}")), "skipped": reports}
+            except BadRow as error:
+                reports.append(self.report(int(self.kept[index]), error))
+                stand_in = random.Random(f"{self.seed}-{epoch}-{visited}-in-place-{len(reports)}")
+                index = stand_in.randrange(len(self))
+        return {"skipped": reports}
+
+    def item(self, index: int, rng: random.Random) -> dict:
+        """An item with its random part drawn from `rng`; raises BadRow where the image cannot be read."""
+        question, texts = self.draw(self.turns[index], rng)
+        item = {
+            "text": self.draw(texts, rng),
+            "image_id": self.image_ids[index],
+            "draw": rng.random(),
+            "prompt": fill_prompt(self.prompt, question) if self.asks else self.prompt,
+        }
+        row = int(self.kept[index])
+        if self.features is not None:
+            view = rng.randrange(self.features.views) if self.draw_text else 0
+            try:
+                item["vision_embeds"] = self.features.read(row, view)
+            except ValueError as error:
+                raise BadRow(str(error)) from error
+        else:
+            item["image"] = self.open_or_crop(row, rng)
+        return item
+
+    def open_or_crop(self, row: int, rng: random.Random) -> Image.Image:
+        value = self.images[row][self.image_column]
+        if self.crop_size is None:
+            return open_image(value, self.folder)
+        with opened(value, self.folder) as image:
+            return augment_image(image, self.crop_size, rng)
+
+    def draw(self, choices: list, rng: random.Random):
+        return rng.choice(choices) if self.draw_text and len(choices) > 1 else choices[0]
+
+    def report(self, row: int, fault: BadRow) -> dict:
+        dataset, split = self.source
+        return {"dataset": dataset, "split": split, "row": row, "name": self.name(row), "reason": str(fault)}
+
+
+class JointDataset(torch.utils.data.Dataset):
+    """Several data sets as one, whose rows count through them."""
+
+    def __init__(self, parts: list[CaptionDataset]):
+        self.parts, self.skip_log = parts, None
+        self.first_rows = np.cumsum([0, *map(len, parts)]).tolist()
+        self.num_rows = sum(part.num_rows for part in parts)
+        self.left_out = [report for part in parts for report in part.left_out]
+        self.sources = {part.source for part in parts}
+        self.asks = parts[0].asks
+
+    def __len__(self) -> int:
+        return self.first_rows[-1]
+
+    @property
+    def texts(self) -> list[list[str]]:
+        return [texts for part in self.parts for texts in part.texts]
+
+    @property
+    def references(self) -> list[list[str]]:
+        return [texts for part in self.parts for texts in part.references]
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        epoch, index = key
+        part = bisect_right(self.first_rows, index) - 1
+        return self.parts[part][epoch, index - self.first_rows[part]]
+
+
+def fill_prompt(template: str, question: str) -> str:
+    """The question at the `{}` of a template such as `Question: {} Answer:`; alone where there is no template."""
+    return template.replace("{}", question) if template else question
+
+
+def read_turns(
+    rows: datasets.Dataset | Rows, text_column: str, prompt_column: str | None, clean: bool
+) -> list[list[Turn] | BadRow]:
+    """Questions and texts of each row, or what is wrong with it."""
+    values = rows[text_column][:]
+    questions = rows[prompt_column][:] if prompt_column else [""] * len(values)
+    turns = []
+    for value, question in zip(values, questions, strict=True):
+        try:
+            turns.append(read_row(value, question, clean, bool(prompt_column)))
+        except BadRow as error:
+            turns.append(error)
+    return turns
+
+
+def read_captions(rows: datasets.Dataset | Rows, text_column: str | None, clean: bool) -> list[str]:
+    """All texts of the rows that have any."""
+    column = find_column(rows, text_column, TEXT_COLUMNS, "text_column")
+    usable = [turns for turns in read_turns(rows, column, None, clean) if not isinstance(turns, BadRow)]
+    if not usable:
+        raise ValueError(f"--text_column {column} holds no text. Name another.")
+    return [text for turns in usable for _, texts in turns for text in texts]
+
+
+def read_row(value, question, clean: bool, asks: bool) -> list[Turn]:
+    """Turns of a row: one whose texts all answer a question, or one for each of a list of questions."""
+    asked = question if isinstance(question, list) else [question]
+    if asks and not (asked and all(isinstance(one, str) and one.strip() for one in asked)):
+        raise BadRow(f"no question: {question!r}")
+    if not isinstance(question, list):
+        return [(question, read_texts(value, clean))]
+    if not isinstance(value, list) or len(value) != len(question):
+        count = len(value) if isinstance(value, list) else "no list of"
+        raise BadRow(f"{len(question)} questions, but {count} texts")
+    return [(one, read_texts(text, clean)) for one, text in zip(question, value)]
+
+
+def read_texts(value, clean: bool) -> list[str]:
+    """The texts of a row without the empty ones; raises BadRow if there is none, or anything that is no text."""
+    texts = [value] if isinstance(value, str) else value
+    if texts is None or texts == []:
+        raise BadRow("no text")
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRow(f"the text is no text: {str(value)[:100]}")
+    cleaned = [clean_caption(text) if clean else text for text in texts]
+    kept = [text for text in cleaned if text.strip()]
+    if not kept:
+        raise BadRow(f"the text is empty: {str(value)[:100]!r}")
+    return kept
+
+
+def read_image_ids(rows: datasets.Dataset | Rows, dataset: str) -> list | None:
+    """Ids of the rows' images, distinct from those of other data sets, or None where no column holds any."""
+    column = next((name for name in IMAGE_ID_COLUMNS if name in rows.column_names), None)
+    if column is None:
+        return None
+    return [None if value is None else (dataset, str(value)) for value in rows[column][:]]
+
+
+def make_loader(
+    dataset: "CaptionDataset | JointDataset", order, collator, num_workers: int, pin_memory: bool
+) -> ReportedBatches:
+    """Batches over given lists of keys; what they skip goes to the data set's `skip_log`.
+
+    The loader's own generator keeps it from advancing the global random state.
+    """
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=order,
+        collate_fn=Reporting(collator),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=shield_worker,
+    )
+    return ReportedBatches(loader, dataset.skip_log)

@@ -1,0 +1,271 @@
+"""From the dataset argument to rows: one function a format, told apart by file names and by the keys of the JSON."""
+
+import glob
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+
+from .rows import Rows, take_split
+from .tars import tar_rows
+
+Splits = dict[str, Sequence[int]]  # the rows of each split
+SPLIT_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+FORMATS = (
+    "COCO captions ({images, annotations}), Karpathy ({images: [{sentences, split}]}), GQA's questions, or a list of rows such as "
+    "[{image, caption}], [{image, question, answer}] or [{image, text_input, text_output}]"
+)
+
+
+def load_rows(dataset: str, split: str, image_folder: str | None = None) -> datasets.Dataset | Rows:
+    """Rows of one split of what `--dataset` names.
+
+    A hub id; a folder (imagefolder with metadata.jsonl, parquet, webdataset tars); tars or parquet files by a pattern such
+    as `DIR/{000..099}.tar`; a JSON, JSONL or parquet file; VQAv2's `QUESTIONS.json,ANNOTATIONS.json`. Images stay encoded:
+    a row's image is a path, or a dict with `path` and `bytes` or the place in a tar. Raises ValueError for what cannot be
+    read or holds nothing.
+    """
+    path, files = Path(dataset), pattern_files(dataset)
+    try:
+        if files:
+            rows = many_files(files, split)
+        elif is_vqa_pair(dataset):
+            questions, annotations = dataset.split(",")
+            folder = image_start(dataset, image_folder)
+            rows = take_split(*whole(vqa_rows(read_json(Path(questions)), read_json(Path(annotations)), folder)), split)
+        elif path.is_dir():
+            rows = folder_rows(path, split)
+        elif path.suffix in (".json", ".jsonl"):
+            rows = take_split(*json_rows(path), split)
+        elif path.suffix in (".parquet", ".tar"):
+            rows = many_files([existing(path)], split)
+        elif path.exists() or path.is_absolute() or dataset.startswith("."):
+            existing(path)
+            raise ValueError(f"{path.name} is no .json, .jsonl, .parquet or .tar file")
+        else:
+            rows = datasets.load_dataset(dataset, split=split)
+    except Exception as error:  # datasets raises a dozen kinds
+        raise ValueError(f"--dataset {dataset}, split {split!r} cannot be read: {error}") from error
+    if len(rows) == 0:
+        raise ValueError(f"--dataset {dataset}, split {split!r} has no rows.")
+    return rows
+
+
+def image_start(dataset: str, image_folder: str | None) -> Path | None:
+    """The folder that relative paths of images start at: `image_folder`, else that of the JSON file."""
+    first = Path(dataset.split(",")[0]) if is_vqa_pair(dataset) else Path(dataset)
+    return Path(image_folder) if image_folder else first.parent if first.is_file() else None
+
+
+def existing(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder. Check the path.")
+    return path
+
+
+def whole(rows: Rows) -> tuple[Rows, Splits]:
+    """One split, called train, as `datasets` calls that of a file, or all, as evaluation calls it."""
+    return rows, {"train": range(len(rows)), "all": range(len(rows))}
+
+
+def pattern_files(dataset: str) -> list[str]:
+    """Files of a pattern with {a,b}, {000..099}, * or ?, sorted; empty if `dataset` is none or names a file itself.
+
+    Raises ValueError for those of a list or range that do not exist.
+    """
+    if Path(dataset).exists() or not re.search(r"[*?{]", dataset):
+        return []
+    files = []
+    for name in expand_braces(dataset):
+        found = sorted(glob.glob(name))
+        if not found:
+            raise ValueError(f"--dataset {dataset}: there is no {name}. Check the pattern.")
+        files += found
+    return files
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`{a,b}` and `{08..11}` written out, as a shell does; ranges keep leading zeros."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if span:
+        parts = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        parts = match[1].split(",")
+    return [name for part in parts for name in expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]
+
+
+def many_files(files: list[str | Path], split: str) -> datasets.Dataset | Rows:
+    """Tars or parquet files, one split together."""
+    kinds = {Path(file).suffix for file in files}
+    if kinds == {".tar"}:
+        return take_split(*whole(tar_rows([str(file) for file in files])), split)
+    if kinds == {".parquet"}:
+        return datasets.load_dataset("parquet", data_files=[str(file) for file in files], split=split)
+    raise ValueError(f"the files end in {', '.join(sorted(kinds))}, but must all be .tar or all .parquet")
+
+
+def folder_rows(folder: Path, split: str) -> datasets.Dataset | Rows:
+    """An imagefolder, a folder of parquet files, or one of tars."""
+    if not any(item.is_file() for item in folder.rglob("*")):
+        raise ValueError(f"{folder} is an empty folder. It needs images with a metadata.jsonl, parquet files or tars.")
+    name = re.match(r"\w+", split)
+    tars = split_tars(folder, name[0]) if name else []
+    if tars:
+        rows = tar_rows(tars)
+        return take_split(rows, {name[0]: range(len(rows))}, split)
+    try:
+        return datasets.load_dataset(str(folder), split=split)
+    except Exception:  # datasets wants one type in a column of metadata.jsonl
+        inside = [folder / name[0] / "metadata.jsonl", folder / "metadata.jsonl"] if name else []
+        listed = next((path for path in inside if path.exists()), None)
+        if listed is None or (listed.parent == folder and name[0] != "train"):
+            raise
+        rows = [{"image": row.pop("file_name", None), **row} for row in read_json(listed)]
+        for row in rows:
+            row["image"] = str(listed.parent / row["image"]) if row["image"] else None
+        return take_split(Rows.from_dicts(rows), {name[0]: range(len(rows))}, split)
+
+
+def split_tars(folder: Path, split: str) -> list[str]:
+    """The tars of a split: in a folder of its name, or called after it; all are training data if none is called so."""
+    tars = sorted(folder.glob("*.tar")) + sorted(folder.glob("*/*.tar"))
+    named = {
+        name: [path for path in tars if str(path.relative_to(folder)).startswith(prefixes)]
+        for name, prefixes in SPLIT_PREFIXES.items()
+    }
+    if not any(named.values()):
+        return [str(path) for path in tars] if split == "train" else []
+    return [str(path) for path in named.get(split, [])]
+
+
+def read_json(path: Path) -> dict | list:
+    """Content of a JSON file, or the rows of a JSONL file. Raises ValueError that names the line."""
+    with open(existing(path), encoding="utf-8") as file:
+        if path.suffix == ".json":
+            return json.load(file)
+        rows = []
+        for number, line in enumerate(file, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+        return rows
+
+
+def json_rows(path: Path) -> tuple[Rows, Splits]:
+    """The rows of a JSON or JSONL file by what it holds, and which belong to which split."""
+    content = read_json(path)
+    if isinstance(content, list):
+        if not all(isinstance(row, dict) for row in content):
+            raise ValueError(f"its rows must be objects: {FORMATS}")
+        return whole(Rows.from_dicts(content))
+    images, annotations = content.get("images"), content.get("annotations")
+    if images and "sentences" in images[0]:
+        return karpathy_rows(content)
+    if images and annotations and "caption" in annotations[0]:
+        return whole(coco_rows(content))
+    if content and all(isinstance(one, dict) and "imageId" in one for one in content.values()):
+        return whole(gqa_rows(content))
+    if "questions" in content or (annotations and "question_id" in annotations[0]):
+        other = "annotations" if "questions" in content else "questions"
+        raise ValueError(
+            f"it holds VQAv2's {'questions' if 'questions' in content else 'annotations'} alone, without the {other}. Pass "
+            "both, with a comma between: --dataset QUESTIONS.json,ANNOTATIONS.json"
+        )
+    raise ValueError(f"its keys are {list(content)}, but it must be one of: {FORMATS}")
+
+
+def coco_rows(content: dict) -> Rows:
+    """COCO captions and NoCaps: a row an image with all its captions, and its domain where it has one.
+
+    Raises ValueError for captions of images that the file does not list.
+    """
+    captions = {image["id"]: [] for image in content["images"]}
+    lost = [annotation["image_id"] for annotation in content["annotations"] if annotation["image_id"] not in captions]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} captions are of images that `images` does not list, the first of image_id {lost[0]}. Add the images, "
+            "or remove the captions"
+        )
+    for annotation in content["annotations"]:
+        captions[annotation["image_id"]].append(annotation["caption"])
+    names = [image["file_name"] for image in content["images"]]
+    columns = {"image": names, "captions": list(captions.values()), "image_id": list(captions)}
+    if any("domain" in image for image in content["images"]):
+        columns["domain"] = [image.get("domain") for image in content["images"]]
+    return Rows(columns)
+
+
+def gqa_rows(content: dict) -> Rows:
+    """GQA: {question id: {imageId, question, answer, types}}; the images are called imageId.jpg."""
+    rows = [
+        {
+            "image": f"{one['imageId']}.jpg",
+            "question": one["question"],
+            "answers": [one["answer"]] if "answer" in one else [],
+            "image_id": one["imageId"],
+            "question_id": number,
+            "question_type": one.get("types", {}).get("structural"),
+        }
+        for number, one in content.items()
+    ]
+    return Rows.from_dicts(rows)
+
+
+def karpathy_rows(content: dict) -> tuple[Rows, Splits]:
+    """Karpathy's COCO, Flickr30k and Flickr8k. `train` has restval with it, as captioning trains; `validation` is val."""
+    rows = [
+        {
+            "image": "/".join(filter(None, (image.get("filepath"), image["filename"]))),
+            "captions": [sentence["raw"] for sentence in image["sentences"]],
+            "image_id": image.get("cocoid", image.get("imgid")),
+        }
+        for image in content["images"]
+    ]
+    parts = [image["split"] for image in content["images"]]
+    members = {"train": ("train", "restval"), "validation": ("val",), "val": ("val",), "test": ("test",)}
+    splits = {name: [number for number, part in enumerate(parts) if part in of] for name, of in members.items()}
+    return Rows.from_dicts(rows), splits
+
+
+def is_vqa_pair(dataset: str) -> bool:
+    parts = dataset.split(",")
+    return len(parts) == 2 and all(part.endswith(".json") for part in parts) and not Path(dataset).exists()
+
+
+def vqa_rows(questions: dict, annotations: dict, folder: Path) -> Rows:
+    """VQAv2 and OK-VQA: a row a question with the ten answers to it."""
+    for name, content in (("questions", questions), ("annotations", annotations)):
+        if not isinstance(content, dict) or name not in content:
+            raise ValueError(f"the first file must hold `questions`, the second `annotations`; one has no {name!r}")
+    notes = {one["question_id"]: one for one in annotations["annotations"]}
+    file_name = coco_file_name(questions, folder)
+    rows = [
+        {
+            "image": file_name.format(question["image_id"]),
+            "question": question["question"],
+            "answers": [given["answer"] for given in notes.get(question["question_id"], {}).get("answers", [])],
+            "image_id": question["image_id"],
+            "question_id": question["question_id"],
+            **{name: notes.get(question["question_id"], {}).get(name) for name in ("question_type", "answer_type")},
+        }
+        for question in questions["questions"]
+    ]
+    return Rows.from_dicts(rows)
+
+
+def coco_file_name(questions: dict, folder: Path) -> str:
+    """How the images are called, with {} for the id: the official name, or that of the 2017 release, whichever is there."""
+    subset = questions.get("data_subtype", "").replace("test-dev", "test")
+    official = f"COCO_{subset}_{{:012d}}.jpg"
+    patterns = (official, f"{subset}/{official}", "{:012d}.jpg", f"{subset}/{{:012d}}.jpg")
+    for question in questions["questions"][:100]:
+        for pattern in patterns:
+            if (folder / pattern.format(question["image_id"])).exists():
+                return pattern
+    return official

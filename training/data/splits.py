@@ -1,0 +1,65 @@
+"""The splits a run trains and validates on, and the steps they take."""
+
+import functools
+import math
+
+from accelerate import Accelerator
+
+from ..arguments.training import PretrainingArguments
+from .caption_dataset import CaptionDataset, JointDataset
+from .formats import image_start, load_rows
+from .image_processor import output_size
+
+
+def load_dataset_split(
+    args: PretrainingArguments,
+    accelerator: Accelerator,
+    split: str,
+    crop_size: tuple[int, int] | None,
+    draw_text: bool,
+    prompt: str = "",
+    prompt_column: str | None = None,
+) -> CaptionDataset | JointDataset:
+    """One split of each data set, as one; the main process reads first, so that others find datasets' cache."""
+    parts, known_images = [], {}
+    for number, dataset in enumerate(args.dataset):
+        with accelerator.main_process_first():
+            rows = load_rows(dataset, split, args.image_folder)
+        part = CaptionDataset(
+            rows,
+            image_column=args.image_column,
+            text_column=args.text_column,
+            prompt_column=prompt_column,
+            prompt=prompt,
+            clean_captions=args.clean_captions,
+            folder=image_start(dataset, args.image_folder),
+            seed=f"{args.seed}/{number}" if number else args.seed,
+            crop_size=crop_size,
+            draw_text=draw_text,
+            source=(dataset, split),
+            known_images=known_images,
+        )
+        parts.append(part)
+    return JointDataset(parts) if len(parts) > 1 else parts[0]
+
+
+def count_steps(args: PretrainingArguments, num_rows: int, num_processes: int) -> int:
+    """Optimiser steps of the run: max_steps, or as many as num_train_epochs passes over the rows take."""
+    samples = args.per_device_train_batch_size * num_processes * args.gradient_accumulation_steps
+    return args.max_steps or max(1, math.ceil(args.num_train_epochs * num_rows / samples))
+
+
+def load_splits(
+    args: PretrainingArguments, accelerator: Accelerator, image_processor, prompt: str = ""
+) -> tuple[CaptionDataset | JointDataset, CaptionDataset | JointDataset | None]:
+    """The training split, augmented where asked for, and the validation split or None."""
+    asked = "auto" if "{}" in prompt else None  # a prompt with a place for a question needs one
+    prompt_column = getattr(args, "prompt_column", None) or asked
+    read = functools.partial(load_dataset_split, args, accelerator, prompt=prompt, prompt_column=prompt_column)
+    crop_size = output_size(image_processor) if args.augment else None
+    train_set = read(args.train_split, crop_size=crop_size, draw_text=True)
+    return train_set, read(args.eval_split, crop_size=None, draw_text=False) if args.eval_split else None
+
+
+def steps_of(args: PretrainingArguments, accelerator: Accelerator, train_set: CaptionDataset | JointDataset) -> int:
+    return count_steps(args, len(train_set), accelerator.num_processes)

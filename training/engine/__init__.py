@@ -1,0 +1,1 @@
+"""Training itself: what a script starts, fits, steps, saves and finishes."""

@@ -1,0 +1,67 @@
+"""What all training scripts prepare alike: accelerator, folder of the run, image processor, data sets."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+
+from ..arguments.parsing import changed_fields, save_arguments
+from ..arguments.training import PretrainingArguments
+from ..reporting.trackers import choose_tracker
+from ..system.environment import describe_environment
+from .checkpoint import clear_output_dir
+from .sharding import check_processes, plan_deepspeed, shard_on_cpu
+
+
+def start_run(args: PretrainingArguments, unused_parameters: bool = False) -> Accelerator:
+    """Accelerator and seeds, the same on every process until `seed_training`."""
+    tracker, notice = choose_tracker(args.report_to)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=tracker,
+        project_config=ProjectConfiguration(
+            args.output_dir, logging_dir=str(Path(args.output_dir or "") / "tensorboard")
+        ),
+        # Frozen towers have buffers (BatchNorm) that never change: nothing to broadcast.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused_parameters)
+        ],
+    )
+    check_processes(accelerator)
+    shard_on_cpu(accelerator)
+    plan_deepspeed(accelerator, args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_grad_norm)
+    if args.fp16 and accelerator.device.type == "cpu":  # where accelerate would stay with float32 and not say so
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    if notice:
+        accelerator.print(notice)
+    set_seed(args.seed)
+    return accelerator
+
+
+def open_output_dir(args: PretrainingArguments, accelerator: Accelerator) -> Path:
+    """Create the run's folder, or clear it to start over; write config.yaml as used, and start the trackers.
+
+    Called when data and model are ready: a mistake in the fields neither leaves a folder nor costs an earlier run.
+    """
+    output_dir = Path(args.output_dir)
+    if accelerator.is_main_process:
+        if args.overwrite_output_dir:
+            clear_output_dir(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for change in changed_fields(args, output_dir / "config.yaml"):
+            accelerator.print(f"Continuing with another field than before: {change}")
+        save_arguments(args, output_dir / "config.yaml")
+        environment = describe_environment(args.seed, accelerator.num_processes)
+        (output_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+    accelerator.wait_for_everyone()
+    if accelerator.log_with:
+        accelerator.init_trackers(output_dir.name)
+    return output_dir
+
+
+def seed_training(seed: int, accelerator: Accelerator) -> None:
+    """From here on random numbers (dropout) differ between processes."""
+    set_seed(seed, device_specific=True)

@@ -1,0 +1,102 @@
+"""The two kinds of training, each with its batches and its validation: image-text objectives, and language modelling.
+
+Stage 1 and the fine-tuning of retrieval share the first, stage 2 and every other fine-tuning the second.
+"""
+
+from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
+
+from ..arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
+from ..data.collators import Stage1Collator, language_collator
+from ..evaluation.validation import validate_image_text, validate_language
+from .chunked_step import chunked_step
+from .fit import fit
+from .train_loop import plain_step
+
+
+def fit_image_text(
+    args: Stage1Arguments | FinetuneArguments,
+    accelerator,
+    model: Blip2xForPreTraining,
+    processor: Blip2xProcessor,
+    train_set,
+    eval_set,
+) -> None:
+    """ITC, ITM and ITG. Rows that show the same image are positives of one another."""
+    if args.gradient_accumulation_steps > 1:
+        accelerator.print(
+            f"Each of the {args.gradient_accumulation_steps} accumulated forwards contrasts its own pairs only: "
+            "accumulation adds no negatives to ITC. A larger --per_device_train_batch_size with --itc_chunk_size does, "
+            "in the memory of a chunk."
+        )
+
+    def collator(cropped: bool) -> Stage1Collator:
+        return Stage1Collator(processor.image_processor, processor.tokenizer, args.max_text_length, cropped)
+
+    def negatives(forward: int) -> dict:
+        """How a forward draws its negatives: the same whatever the number of processes."""
+        step = forward // args.gradient_accumulation_steps
+        return {
+            "negative_seed": args.seed * 1_000_003 + forward,
+            "negative_hardness": hardness_at(step, args.hard_negative_steps),
+        }
+
+    def validate(final: bool) -> dict:
+        rerank_k = args.rerank_k if final else 0
+        return validate_image_text(
+            accelerator,
+            model,
+            eval_set,
+            collator(cropped=False),
+            args.eval_batch_size,
+            rerank_k,
+            args.eval_samples,
+            args.seed,
+        )
+
+    fit(
+        args,
+        accelerator,
+        model,
+        processor,
+        train_set,
+        eval_set,
+        collator(cropped=args.augment),
+        validate=validate,
+        forward_inputs=negatives,
+        forward_backward=chunked_step(args.itc_chunk_size) if args.itc_chunk_size else plain_step,
+    )
+
+
+def hardness_at(step: int, steps: int) -> float:
+    """Exponent on the ITC softmax that negatives are drawn by: from 0 (evenly) to 1 (the paper) over `steps` steps."""
+    return min(1.0, step / steps) if steps else 1.0
+
+
+def fit_language(
+    args: Stage2Arguments | FinetuneArguments,
+    accelerator,
+    model: Blip2xForConditionalGeneration,
+    processor: Blip2xProcessor,
+    train_set,
+    eval_set,
+) -> None:
+    """The language model's loss on the text, given image and prompt. The prompt's template stays in the checkpoint."""
+    model.config.prompt_template = args.prompt or None
+    if processor.qformer_tokenizer is None:
+        freeze_text_branch(model)
+
+    def validate(final: bool) -> dict:
+        collator = language_collator(model, processor, args.max_text_length, cropped=False)
+        return validate_language(
+            accelerator, model, processor, eval_set, collator, args.eval_batch_size, args.eval_samples
+        )
+
+    collator = language_collator(model, processor, args.max_text_length, cropped=args.augment)
+    fit(args, accelerator, model, processor, train_set, eval_set, collator, validate=validate)
+
+
+def freeze_text_branch(model: Blip2xForConditionalGeneration) -> None:
+    """A text branch that came with BERT gets no gradient where the queries read no text."""
+    for name, parameter in model.model.qformer.named_parameters():
+        if name.startswith("embeddings") or "text_feed_forward" in name:
+            parameter.requires_grad_(False)

@@ -1,1 +1,0 @@
-../vqa_accuracy/answers.py

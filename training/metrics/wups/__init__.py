@@ -1,0 +1,1 @@
+"""WUPS of DAQUAR."""

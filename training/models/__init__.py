@@ -1,0 +1,1 @@
+"""Loading checkpoints; LoRA, 4 bits, and the full tensors of sharded models."""

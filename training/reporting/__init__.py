@@ -1,0 +1,1 @@
+"""What a run tells: metrics, curves, trackers and warnings about its health."""
