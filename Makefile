@@ -6,7 +6,7 @@ OUTPUT ?= runs/quickstart
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install browser lint test test-slow test-latest test-oldest clean
+.PHONY: demo install browser lint docs test test-slow test-latest test-oldest clean
 
 demo: $(INSTALLED)
 	$(BIN)/python training/quickstart.py --output_dir $(OUTPUT)
@@ -28,6 +28,10 @@ browser:
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# build/site: the pages of docs/, without a warning.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet
 
 # Two workers of one thread each: the models of the tests are too small for more threads to help.
 test: lint browser

@@ -42,7 +42,7 @@ USERS = [
     "onnxruntime>=1.32.0",
 ]  # tests do with our models what theirs do
 TEST_LIBRARY = [*TRAIN, *EVAL, *QUANTIZE, *USERS, *PYTEST]
-TEST = [*TEST_LIBRARY, *SPACE, *BROWSER, "ruff>=0.17.0"]
+TEST = [*TEST_LIBRARY, *SPACE, *BROWSER, "ruff>=0.17.0", "mkdocs>=1.6.0,<2"]
 
 setup(
     name="blip2x",
