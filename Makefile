@@ -41,9 +41,9 @@ test-slow: $(INSTALLED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 # The newest releases that setup.py allows (constraints-latest.txt pins torch alone) and the oldest, each in an environment
-# made anew, since releases move: all tests but the Space's, then every training script, an evaluation, and the Space in an
-# environment of its own, which answers one request. Its own tests, half the time of `make test`, run there only, and gradio
-# is not in these environments: it would hold Pillow back.
+# made anew, since releases move: the library's tests, then every training script, an evaluation, and the Space in an
+# environment of its own, which answers one request. The other tests, most of the time of `make test`, run there only, and
+# gradio is not in these environments: it would hold Pillow back.
 # TRY installs what setup.py does not allow yet: make test-latest TRY=transformers==5.25.0
 test-latest test-oldest: export PIP_CONSTRAINT = $(CURDIR)/constraints-$*.txt
 test-latest test-oldest: test-%:
@@ -53,7 +53,7 @@ test-latest test-oldest: test-%:
 	$(if $(TRY),.venv-$*/bin/pip install -qq $(TRY))
 	@.venv-$*/bin/pip freeze --exclude-editable | grep -iE '^(torch|transformers|accelerate|datasets|peft|huggingface.hub|pillow)='
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRY='$(TRY)' .venv-$*/bin/python -m pytest -n 2 --dist loadfile --durations 10 \
-	-m 'not slow' --ignore tests/space
+	-m 'not slow' tests/library tests/releases
 
 clean:
 	rm -rf $(VENV) .venv-latest .venv-oldest build *.egg-info

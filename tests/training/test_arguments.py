@@ -3,7 +3,7 @@
 import pytest
 
 from blip2x_training.arguments.parsing import parse_arguments, save_arguments
-from blip2x_training.arguments.training import Stage1Arguments, Stage2Arguments
+from blip2x_training.arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
 
 NEEDED = ["--output_dir", "out", "--dataset", "data", "--vision_model", "tower"]
 
@@ -89,3 +89,23 @@ def test_missing_folders_and_misspelt_flags_are_reported_together():
         parse_arguments(Stage1Arguments, argv)
     for part in ("--max_stepz", "--dataset is ../no/folder", "--vision_model is /no/such"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("kind", (Stage1Arguments, Stage2Arguments))
+def test_fields_of_a_new_model_are_refused_beside_an_earlier_stage(kind):
+    """It brings its own tower and queries: a value given here would do nothing."""
+    flags = ["--output_dir", "out", "--dataset", "data", "--init_from", "stage1"]
+    flags += ["--language_model", "llm"] * (kind is Stage2Arguments)
+    assert parse_arguments(kind, flags).init_from == "stage1"
+    with pytest.raises(ValueError) as caught:
+        parse_arguments(kind, [*flags, "--vision_model", "tower", "--num_query_tokens", "8", "--qformer_init", "bert"])
+    for name in ("vision_model", "num_query_tokens", "qformer_init"):
+        assert f"--{name} has no effect with --init_from, which brings its own. Leave it out." in str(caught.value)
+
+
+def test_fine_tuning_has_no_fields_of_a_new_model():
+    flags = ["--output_dir", "out", "--dataset", "data", "--init_from", "stage2", "--task", "caption"]
+    assert parse_arguments(FinetuneArguments, flags).task == "caption"
+    for name in ("vision_model", "num_query_tokens", "qformer_init", "vision_feature_layer"):
+        with pytest.raises(ValueError, match=f"--{name} is not a field"):
+            parse_arguments(FinetuneArguments, [*flags, f"--{name}", "7"])

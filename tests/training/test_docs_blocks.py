@@ -149,15 +149,9 @@ def assert_parses(words: list[str], monkeypatch) -> None:
             runpy.run_path(words[0], run_name="__main__")
 
 
-WITHOUT_ITC_LOSS = not any(
-    "    itc_loss: " in path.read_text() for path in SOURCES if path.is_relative_to(ROOT / "training")
-)
-NOT_YET = pytest.mark.xfail(WITHOUT_ITC_LOSS, reason="no script has --itc_loss yet", strict=True)
-
-
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=NOT_YET if page.name in ("architecture.md", "training.md") else ()) for page in PAGES],
+    PAGES,
     ids=name_of,
 )
 def test_flags_in_the_text_exist(page):

@@ -16,7 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
-from blip2x_training import caption_language
+from blip2x_training import caption_language, pretrain_stage1
 from blip2x_training.data.caption_dataset import CaptionDataset
 from blip2x_training.data.collators import language_collator
 from blip2x_training.data.formats import load_rows
@@ -205,6 +205,27 @@ def test_started_over_on_request(parts, tmp_path):
 def test_objectives_choose_the_losses(parts, tmp_path):
     lines = stage1(parts, tmp_path / "out", "--max_steps", "1", "--objectives", "itc", "itm")
     assert lines[0]["loss"] == pytest.approx(lines[0]["loss_itc"] + lines[0]["loss_itm"]) and "loss_itg" not in lines[0]
+
+
+def test_itc_by_sigmoid_is_trained_kept_and_taken_back(parts, tmp_path):
+    out = tmp_path / "sigmoid"
+    lines = stage1(parts, out, "--max_steps", "3", "--warmup_steps", "1", "--itc_loss", "sigmoid")
+    assert lines[0]["loss_itc"] > 3  # a match costs the bias of -10 at first; the softmax of 4 pairs about log 4 = 1.4
+    model = AutoModelForPreTraining.from_pretrained(out)
+    assert model.config.itc_loss == "sigmoid" and 1e-5 < abs(model.itc_bias.item() + 10) < 1
+    flags = [
+        "--output_dir",
+        str(tmp_path / "softmax"),
+        "--init_from",
+        str(out),
+        "--itc_loss",
+        "softmax",
+        "--max_steps",
+        "1",
+    ]
+    pretrain_stage1.main(["--dataset", str(parts / "data"), "--warmup_steps", "0", *flags])
+    back = AutoModelForPreTraining.from_pretrained(tmp_path / "softmax")
+    assert back.config.itc_loss == "softmax" and back.itc_bias is None
 
 
 def test_chunks_train_as_the_whole_batch(parts, tmp_path, capsys):
