@@ -22,7 +22,7 @@ import datasets
 import torch
 from tqdm import tqdm
 
-from blip2x_training.arguments.base import doc
+from blip2x_training.arguments.base import Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.capfilt.candidates import (
     RANKINGS,
@@ -43,24 +43,13 @@ from blip2x_training.system.atomic_files import write_whole
 from blip2x_training.system.fingerprints import weights_fingerprint
 from modeling_blip2x import Blip2xProcessor
 
-RANGES = {
-    "num_captions": (1, 1000),
-    "keep": (1, 1000),
-    "top_p": (1e-6, 1.0),
-    "temperature": (1e-3, 100.0),
-    "max_new_tokens": (1, 500),
-    "min_new_tokens": (0, 500),
-    "max_text_length": (3, 512),
-    "batch_size": (1, 100_000),
-    "max_skip_fraction": (0, 1),
-}
 CAPTION_COLUMNS = ("text", "caption", "captions")
 # Fields that do not decide what comes out.
 FREE = ("output_dir", "captioner", "scorer", "batch_size", "max_skip_fraction", "overwrite_output_dir")
 
 
 @dataclass
-class BootstrapArguments:
+class BootstrapArguments(Arguments):
     """CapFilt: synthetic captions, ranked together with those of the data set."""
 
     dataset: str | None = doc(None, "As in training. Required.")
@@ -89,17 +78,23 @@ class BootstrapArguments:
     bf16: bool = doc(False, "bfloat16 autocast.")
     overwrite_output_dir: bool = doc(False, "Start over where output_dir holds this split made otherwise.")
 
+    REQUIRED = ("dataset", "output_dir", "captioner")
+    PATHS = ("image_folder", "captioner", "scorer")
+    CHOICES = {"rank_by": tuple(RANKINGS)}
+    RANGES = {
+        "num_captions": (1, 1000),
+        "keep": (1, 1000),
+        "top_p": (1e-6, 1.0),
+        "temperature": (1e-3, 100.0),
+        "max_new_tokens": (1, 500),
+        "min_new_tokens": (0, 500),
+        "max_text_length": (3, 512),
+        "batch_size": (1, 100_000),
+        "max_skip_fraction": (0, 1),
+    }
+
     def problems(self) -> list[str]:
-        found = [
-            f"--{name} is missing. Pass --{name} VALUE."
-            for name in ("dataset", "output_dir", "captioner")
-            if not getattr(self, name)
-        ]
-        for name, (low, high) in RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                found.append(f"--{name} is {getattr(self, name)}, but must lie between {low:g} and {high:g}.")
-        if self.rank_by not in RANKINGS:
-            found.append(f"--rank_by is {self.rank_by!r}; choose from {', '.join(RANKINGS)}.")
+        found = super().problems()
         if self.min_new_tokens > self.max_new_tokens:
             found.append(f"--min_new_tokens is {self.min_new_tokens}, above --max_new_tokens {self.max_new_tokens}.")
         return found

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from blip2x_training.arguments.base import doc
+from blip2x_training.arguments.base import BIG, Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import ImageDataset
 from blip2x_training.data.collators import collate_images
@@ -45,7 +45,7 @@ SHARD_BYTES = 10**9  # of a shard where no number of rows is given: what a run t
 
 
 @dataclass
-class CacheArguments:
+class CacheArguments(Arguments):
     """Feature cache of a frozen vision tower."""
 
     dataset: str | None = doc(None, "As in training. Required.")
@@ -64,21 +64,12 @@ class CacheArguments:
     shard_size: int | None = doc(None, "Rows in one file at most; null: as many as take 1 GB.")
     overwrite_output_dir: bool = doc(False, "Replace a cache of something else in output_dir.")
 
-    def problems(self) -> list[str]:
-        found = [
-            f"--{name} is missing. Pass --{name} VALUE."
-            for name in ("dataset", "output_dir", "vision_model")
-            if not getattr(self, name)
-        ]
-        if self.dtype not in STORED:
-            found.append(f"--dtype is {self.dtype!r}; choose from {', '.join(STORED)}.")
-        for name in ("batch_size", "views", "shard_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"--{name} is {value}, but must be at least 1.")
-        if self.dataloader_num_workers < 0:
-            found.append(f"--dataloader_num_workers is {self.dataloader_num_workers}, but must be 0 or more.")
-        return found
+    REQUIRED = ("dataset", "output_dir", "vision_model")
+    PATHS = ("image_folder", "vision_model")
+    CHOICES = {"dtype": tuple(STORED)}
+    RANGES = {
+        "batch_size": (1, BIG), "views": (1, BIG), "shard_size": (1, BIG), "dataloader_num_workers": (0, BIG)
+    }  # fmt: skip
 
 
 @dataclass

@@ -23,14 +23,14 @@ from transformers import (
     set_seed,
 )
 
-from blip2x_training.arguments.base import doc
+from blip2x_training.arguments.base import BIG, Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import read_captions
 from blip2x_training.data.formats import load_rows
 
 
 @dataclass
-class LanguageArguments:
+class LanguageArguments(Arguments):
     """A small Llama on the texts of a data set."""
 
     dataset: str | None = doc(None, "As in training. Required.")
@@ -46,12 +46,10 @@ class LanguageArguments:
     learning_rate: float = doc(2e-3, "Peak learning rate; cosine to 0.")
     seed: int = doc(0, "Fixes initialisation and order.")
 
-    def problems(self) -> list[str]:
-        return [
-            f"--{name} is missing. Pass --{name} VALUE."
-            for name in ("dataset", "output_dir")
-            if not getattr(self, name)
-        ]
+    REQUIRED = ("dataset", "output_dir")
+    RANGES = {
+        name: (1, BIG) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "per_device_train_batch_size")
+    }
 
 
 def build_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:

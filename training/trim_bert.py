@@ -16,14 +16,14 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from blip2x_training.arguments.base import doc
+from blip2x_training.arguments.base import BIG, TINY, Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import read_captions
 from blip2x_training.data.formats import load_rows
 
 
 @dataclass
-class TrimArguments:
+class TrimArguments(Arguments):
     """A smaller BERT for the Q-Former."""
 
     bert: str | None = doc(None, "Id or folder of a BERT checkpoint with a fast tokenizer. Required.")
@@ -40,12 +40,9 @@ class TrimArguments:
         None, "Spread of the Q-Former's new parts; null keeps BERT's 0.02, which suits 768. About .65 / sqrt(width)."
     )
 
-    def problems(self) -> list[str]:
-        return [
-            f"--{name} is missing. Pass --{name} VALUE."
-            for name in ("bert", "dataset", "output_dir")
-            if not getattr(self, name)
-        ]
+    REQUIRED = ("bert", "dataset", "output_dir")
+    PATHS = ("bert",)
+    RANGES = {"num_layers": (1, BIG), "dropout": (0, 1), "initializer_range": (TINY, BIG)}
 
 
 def used_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[int]:

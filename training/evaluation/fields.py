@@ -7,9 +7,8 @@ The YAML files are the presets: protocols of the paper and of LAVIS.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from ..arguments.base import doc, looks_like_path
+from ..arguments.base import Arguments, doc
 from .published import PUBLISHED
 from .retrieval import MODES
 
@@ -31,7 +30,7 @@ FREE = (
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(Arguments):
     """Evaluation of a checkpoint on a task, with the paper's protocol unless told otherwise."""
 
     model: str | None = doc(
@@ -118,28 +117,24 @@ class EvaluationArguments:
         arguments = {name: getattr(self, name) for name in names}
         return arguments | ({"length_penalty": self.length_penalty} if self.num_beams > 1 else {})
 
+    REQUIRED = ("model", "task", "data", "output_dir")
+    PATHS = ("model", "image_folder", "classes", "candidates", "scorer", "wordnet")
+    CHOICES = {"task": TASKS, "score_mode": tuple(MODES), "benchmark": tuple(PUBLISHED), "metric": VQA_METRICS}
+    RANGES = {
+        "num_beams": (1, 1000),
+        "length_penalty": (-100, 100),
+        "min_new_tokens": (0, 10_000),
+        "max_new_tokens": (1, 10_000),
+        "repetition_penalty": (1e-3, 100),
+        "image_size": (1, 10_000),
+        "rerank_k": (1, 10**9),
+        "max_text_length": (2, 10_000),
+        "batch_size": (1, 100_000),
+        "max_skip_fraction": (0, 1),
+    }
+
     def problems(self) -> list[str]:
-        """What is wrong with the values, one sentence each: flag, value, fix."""
-        found = [
-            f"--{name} is missing. Pass --{name} VALUE or set it in the YAML file."
-            for name in ("model", "task", "data", "output_dir")
-            if not getattr(self, name)
-        ]
-        choices = {
-            "task": TASKS, "score_mode": MODES, "benchmark": tuple(PUBLISHED), "metric": VQA_METRICS
-        }  # fmt: skip
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            if value is not None and value not in allowed:
-                found.append(f"--{name} is {value!r}; choose from {', '.join(allowed)}.")
-        for name in ("model", "image_folder", "classes", "candidates", "scorer", "wordnet"):
-            value = getattr(self, name)
-            if value and looks_like_path(value) and not Path(value).exists():
-                found.append(f"--{name} is {value}: there is no such file or folder. Check the path, or give a hub id.")
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                found.append(f"--{name} is {value}, but must lie between {low:g} and {high:g}.")
+        found = super().problems()
         if (self.min_new_tokens or 0) > (self.max_new_tokens or float("inf")):
             found.append(f"--min_new_tokens is {self.min_new_tokens}, above --max_new_tokens {self.max_new_tokens}.")
         if self.task == "vqa" and self.prompt is not None and "{}" not in self.prompt:
@@ -151,20 +146,6 @@ class EvaluationArguments:
         if self.scorer and self.task != "caption":
             found.append("--scorer scores captions. Drop it, or choose --task caption.")
         return found
-
-
-RANGES = {
-    "num_beams": (1, 1000),
-    "length_penalty": (-100, 100),
-    "min_new_tokens": (0, 10_000),
-    "max_new_tokens": (1, 10_000),
-    "repetition_penalty": (1e-3, 100),
-    "image_size": (1, 10_000),
-    "rerank_k": (1, 10**9),
-    "max_text_length": (2, 10_000),
-    "batch_size": (1, 100_000),
-    "max_skip_fraction": (0, 1),
-}
 
 
 def choose_prompt(args: EvaluationArguments, config) -> str:
