@@ -322,7 +322,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         elif targets is None:
             options |= self.signature.chosen(logits_to_keep=logits_to_keep)
         if self.training:
-            options.setdefault("use_cache", False)  # nothing goes on from a training step
+            options.setdefault("use_cache", False)  # no cache while training
         out = self._language_model_for(options)(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, return_dict=True, **options
         )

@@ -72,11 +72,11 @@ def chunked_backward(
         raise ValueError("Stage 1 needs texts: input_ids is None. Pass the output of processor(images, text).")
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     vision = _tower_features(model, pixel_values, vision_embeds, chunk_size, autocast)
-    model._check_rows(vision, input_ids)
+    model.check_rows(vision, input_ids)
     sizes = batch_sizes(len(vision), vision.device)
     first_row = sum(sizes[: rank()])
     if sum(sizes) == 1:
-        model._warn_of_single_pair()
+        model.warn_of_single_pair()
     chunks = [slice(start, start + chunk_size) for start in range(0, len(vision), chunk_size)]
     objectives = model.config.objectives
 

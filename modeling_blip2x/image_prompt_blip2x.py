@@ -219,7 +219,7 @@ class ImagePrompting:
         return model_kwargs
 
     def _prefill(self, input_ids, generation_config, model_kwargs: dict, is_first_iteration: bool = True):
-        """Decoder-only: reads a prompt once. Its beams, or return sequences, begin alike and get copies of its cache."""
+        """Prefill one row per prompt; its beams, or return sequences, get copies of the cache."""
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache = model_kwargs.get(CACHE)
         is_fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0  # not made for all rows, nor begun

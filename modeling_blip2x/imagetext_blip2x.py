@@ -153,7 +153,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         vision_embeds = self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
-        self._check_rows(vision_embeds if image_index is None else image_index, input_ids)
+        self.check_rows(vision_embeds if image_index is None else image_index, input_ids)
         image = self.model.image_key_values(vision_embeds)
         if image_index is not None:
             image = select_images(image, image_index)
@@ -180,7 +180,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
                 pixel_values, input_ids, attention_mask, vision_embeds
             ).last_hidden_state
             return in_own_dtype(self.itm_head, hidden).mean(dim=1)
-        self._check_rows(image_index, input_ids)
+        self.check_rows(image_index, input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         image = self.model.image_key_values(
             self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
@@ -232,7 +232,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         return tuple(kv and (kv[0].expand(times, -1, -1, -1), kv[1].expand(times, -1, -1, -1)) for kv in key_values)
 
     @staticmethod
-    def _check_rows(images: torch.Tensor, texts: torch.Tensor) -> None:
+    def check_rows(images: torch.Tensor, texts: torch.Tensor) -> None:
         # Here and in other forwards shape[0], not len, which is a plain number: an export would hold for no other batch.
         if images.shape[0] != texts.shape[0]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Where LoRA goes, by a word: `lm`, `qformer` or `vision`.
+"""LoRA presets: `lm`, `qformer`, `vision`.
 
     model.freeze_unimodal()
     peft.get_peft_model(model, lora_config(model, "lm"))  # or transformers' own way, which from 5.24 on wants peft 0.22:
@@ -41,7 +41,7 @@ def lora_targets(model: torch.nn.Module, preset: str) -> str:
 
 def lora_config(model: torch.nn.Module, preset: str, rank: int = 8, alpha: int = 16, dropout: float = 0.05):
     """A `peft.LoraConfig` for the preset. Query tokens and the projection are trained and saved whole."""
-    from peft import LoraConfig  # only who wants LoRA needs peft
+    from peft import LoraConfig  # peft is optional
 
     return LoraConfig(
         r=rank,

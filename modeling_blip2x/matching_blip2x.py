@@ -74,7 +74,7 @@ class Blip2xMatchingModel(Blip2xImageTextModel):
             pixel_values, vision_embeds, interpolate_pos_encoding, output_attentions, output_hidden_states
         )
         local, device = vision.last_hidden_state.shape[0], vision.last_hidden_state.device
-        self._check_rows(vision.last_hidden_state, input_ids)
+        self.check_rows(vision.last_hidden_state, input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         sizes = batch_sizes(local, device)
         whole_text = output_attentions or bool(output_hidden_states)
@@ -100,7 +100,7 @@ class Blip2xMatchingModel(Blip2xImageTextModel):
         output_attentions: bool = False,
         whole_text: bool = False,
     ) -> EncodedPairs:
-        """Encode images that have passed the tower; the first of them is number first_row of the global batch."""
+        """Encode images that have passed the tower; first_row: their offset in the global batch."""
         image = self.model.image_key_values(vision.last_hidden_state)
         queries = self.model.query_tokens(vision.last_hidden_state.shape[0])
         encoded = self.model.qformer.encode_together(

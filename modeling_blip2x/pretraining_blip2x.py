@@ -110,7 +110,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
             self.decoder_ids(input_ids),
         )
         if sum(pairs.sizes) == 1:
-            self._warn_of_single_pair()
+            self.warn_of_single_pair()
         contrast = self.contrast(pairs, image_ids, *options)
         losses = {}
         if "itc" in self.config.objectives:
@@ -175,7 +175,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
             **generation_arguments,
         )
 
-    def _warn_of_single_pair(self) -> None:
+    def warn_of_single_pair(self) -> None:
         if self.training and not Blip2xForPreTraining._warned_of_single_pair:
             Blip2xForPreTraining._warned_of_single_pair = True
             warnings.warn(
@@ -186,7 +186,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
 
 
 class ItgDecoder(PreTrainedModel, GenerationMixin):
-    """The Q-Former's causal text side as a model that transformers can generate with. Shares the weights, holds none.
+    """The Q-Former's causal text side as a model that transformers can generate with. A view on the same parameters; owns none.
 
     Texts are short (32 tokens), so earlier text is computed again each step instead of being cached.
     """

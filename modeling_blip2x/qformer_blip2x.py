@@ -275,7 +275,7 @@ class QFormer(PreTrainedModel):
     def image_key_values(self, image_embeds: torch.Tensor) -> tuple[KeyValues | None, ...]:
         """image_embeds (B, N, D) -> keys and values of each layer's cross-attention, None where a layer has none."""
         device = image_embeds.device.type
-        if torch.is_autocast_enabled(device):  # one copy for all layers; autocast would make, and keep, one for each
+        if torch.is_autocast_enabled(device):  # cast once: autocast would cast and cache per layer
             image_embeds = image_embeds.to(torch.get_autocast_dtype(device))
         return tuple(
             layer.crossattention.key_values(image_embeds) if layer.crossattention is not None else None
@@ -427,5 +427,5 @@ class QFormer(PreTrainedModel):
 
 def select_images(image_key_values: tuple[KeyValues | None, ...], index: torch.Tensor) -> tuple[KeyValues | None, ...]:
     """Rows `index` (pairs,) of every layer's image keys and values: images are indexed, never encoded again."""
-    # index_select, for its backward adds rows in order: that of [] leaves the order to the threads.
+    # index_select: its backward is deterministic; that of [] is not.
     return tuple(kv and (kv[0].index_select(0, index), kv[1].index_select(0, index)) for kv in image_key_values)

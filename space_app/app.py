@@ -3,7 +3,7 @@
     python space_app/app.py --model FOLDER_OR_HUB_ID [FOLDER_OR_HUB_ID]
 
 A stage-2 checkpoint captions and chats, its stage-1 checkpoint matches and searches; name either, both, or the output
-folder of the quickstart. On a Hugging Face Space the environment says the same: BLIP2X_MODEL (several parted by commas),
+folder of the quickstart. On a Hugging Face Space the environment says the same: BLIP2X_MODEL (several separated by commas),
 BLIP2X_DEVICE, BLIP2X_DTYPE, BLIP2X_QUANTIZATION, BLIP2X_PROMPT, BLIP2X_TURNS.
 """
 

@@ -15,7 +15,7 @@ def doc(default, text: str):
 
 
 def looks_like_path(value: str) -> bool:
-    """And not like a hub id, which has one slash at most."""
+    """More than one slash, or a leading dot, slash or tilde: a path, not a hub id."""
     return value[0] in "./~" or value.count("/") > 1
 
 

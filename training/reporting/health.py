@@ -1,4 +1,4 @@
-"""What a user should hear of while it happens: ITM at the constant predictor, queries that have become one."""
+"""Warnings about the health of a run: ITM at the constant predictor, queries that have become one."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
