@@ -32,15 +32,6 @@ def load(name: str):
     return evaluate.load(str(ROOT / "training" / "metrics" / name))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def module_cache(tmp_path_factory):
-    """evaluate copies modules and data into caches: here not those of the user."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE", "HF_EVALUATE_CACHE"):
-            patch.setattr(evaluate.config, name, tmp_path_factory.mktemp(name))
-        yield
-
-
 # Captions
 
 
