@@ -108,11 +108,13 @@ def copy_of_the_app(folder: Path) -> Path:
     return Path(shutil.copytree(SPACE, folder / "space", ignore=shutil.ignore_patterns("__pycache__")))
 
 
-def hold_first_generation(class_, held: Callable[[], object] = lambda: None) -> Callable:
+def hold_first_generation(
+    class_, held: Callable[[], object] = lambda: None, freed: Callable[[], object] = lambda: None
+) -> Callable:
     """A __call__ for work.StopWhenTold: the first generation of a request ends, after its fifth token, only when it is told
     to stop. (The examples' captions, made before the page is there, are written in the main thread.)
 
-    held: called when it has come to its fifth token.
+    held: called when it has come to its fifth token. freed: when it has been told to stop.
     """
     told, tokens, first = class_.__call__, [], []
 
@@ -124,21 +126,22 @@ def hold_first_generation(class_, held: Callable[[], object] = lambda: None) -> 
             if len(tokens) == 5:
                 held()
                 assert self.stop.wait(WAIT), "nobody told the generation to stop"
+                freed()
         return told(self, *arguments, **named)
 
     return call
 
 
 def held_app(folder: Path) -> Path:
-    """A script that runs the app with `hold_first_generation`; the file `held` beside it appears when it is held."""
+    """A script that runs the app with `hold_first_generation`; the files `held` and `freed` beside it appear when it is."""
     script = folder / "held_app.py"
     paths = [str(SPACE), str(Path(__file__).parents[2])]
     script.write_text(
         f"import pathlib, sys; sys.path[:0] = {paths!r}; sys.argv[0] = 'app.py'\n"
         "import app, work\n"
         "from tests.helpers import space_server\n"
-        "held = pathlib.Path(__file__).with_name('held').touch\n"
-        "work.StopWhenTold.__call__ = space_server.hold_first_generation(work.StopWhenTold, held)\n"
+        "marks = [pathlib.Path(__file__).with_name(name).touch for name in ('held', 'freed')]\n"
+        "work.StopWhenTold.__call__ = space_server.hold_first_generation(work.StopWhenTold, *marks)\n"
         "app.main()\n"
     )
     return script

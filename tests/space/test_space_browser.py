@@ -261,7 +261,10 @@ def test_stop_ends_an_answer_that_is_being_written(visit, folders, loaded, tmp_p
         expect(bot.last).to_contain_text(" ".join(whole.split()[:3]))
         until((tmp_path / "held").exists)
         panel.get_by_role("button", name="Stop").click()
-        # The model is free again, or the next answer would never come, and the chat goes on.
+        # The model is free again, or the next answer would never come, and the chat goes on: once the page knows that the
+        # answer has ended, before which Gradio takes no second one.
+        until((tmp_path / "freed").exists)
+        expect(panel.locator(".generating")).to_have_count(0)
         for name in ("Shortest", "Longest"):
             panel.get_by_label(f"number input for {name}").fill("3")
         box.fill("is it red ?")
