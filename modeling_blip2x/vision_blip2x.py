@@ -106,7 +106,7 @@ def vision_features(
 ) -> BaseModelOutput:
     """Features (B, N, D) of pixel_values (B, 3, height, width) in `last_hidden_state`, and what else is asked for.
 
-    A feature map (B, D, h, w) becomes (B, h * w, D). Raises ValueError where the tower refuses the image size.
+    A feature map (B, D, h, w) becomes (B, h * w, D). Raises ValueError for a feature_layer that the tower does not have.
     """
     accepted = inspect.signature(_unwrapped(tower).forward).parameters
     options = {"output_hidden_states": True} if output_hidden_states or feature_layer != -1 else {}
@@ -116,6 +116,12 @@ def vision_features(
         options["interpolate_pos_encoding"] = True  # DINOv2 and CNNs take any size anyway
     model = with_eager_attention(tower) if output_attentions else tower
     output = model(pixel_values, return_dict=True, **options)
+    if feature_layer != -1 and not -len(output.hidden_states) <= feature_layer < len(output.hidden_states):
+        count = len(output.hidden_states)
+        raise ValueError(
+            f"vision_feature_layer is {feature_layer}, but this {tower.config.model_type} tower has {count} hidden states: "
+            f"choose from {-count} to {count - 1}."
+        )
     features = output.last_hidden_state if feature_layer == -1 else output.hidden_states[feature_layer]
     if features.ndim == 4:
         features = features.flatten(2).transpose(1, 2)

@@ -270,3 +270,10 @@ def test_the_same_seed_gives_the_same_bits_with_two_threads():
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("layer", (-4, 3))
+def test_a_layer_that_the_tower_lacks_is_named(layer):
+    model = stage1(vision_feature_layer=layer)
+    with pytest.raises(ValueError, match=f"vision_feature_layer is {layer}, but .* has 3 hidden states.*-3 to 2"):
+        model(**batch())
