@@ -35,12 +35,8 @@ SPACE = ["gradio>=6.31.0,<7", "psutil>=7.0.0"]
 QUANTIZE = ["bitsandbytes>=0.50.0,<1"]  # 4- and 8-bit language models
 BROWSER = ["playwright>=1.65.0", "axe-playwright-python>=0.1.8"]
 PYTEST = ["pytest>=9.0.0", "pytest-xdist>=3.8.0"]
-USERS = [
-    "trl>=1.16.0",
-    "onnx>=1.23.0",
-    "onnxscript>=0.7.0",
-    "onnxruntime>=1.32.0",
-]  # tests do with our models what theirs do
+# Tests do with our models what users of these do.
+USERS = ["trl>=1.16.0", "onnx>=1.23.0", "onnxscript>=0.7.0", "onnxruntime>=1.32.0"]
 TEST_LIBRARY = [*TRAIN, *EVAL, *QUANTIZE, *USERS, *PYTEST]
 TEST = [*TEST_LIBRARY, *SPACE, *BROWSER, "ruff>=0.17.0", "mkdocs>=1.6.0,<2"]
 
