@@ -12,8 +12,8 @@ import sys
 
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
+from blip2x_training.arguments.finetuning import FinetuneArguments
 from blip2x_training.arguments.parsing import parse_arguments
-from blip2x_training.arguments.training import FinetuneArguments
 from blip2x_training.data.image_processor import load_image_processor
 from blip2x_training.data.splits import load_splits, steps_of
 from blip2x_training.engine.fit import already_finished, fit

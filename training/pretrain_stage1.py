@@ -11,7 +11,7 @@ import sys
 from transformers import AutoProcessor
 
 from blip2x_training.arguments.parsing import parse_arguments
-from blip2x_training.arguments.training import Stage1Arguments
+from blip2x_training.arguments.pretraining import Stage1Arguments
 from blip2x_training.data.image_processor import load_image_processor
 from blip2x_training.data.splits import load_splits, steps_of
 from blip2x_training.data.vocabulary import build_tokenizer, load_qformer_tokenizer

@@ -11,7 +11,7 @@ import sys
 from transformers import AutoProcessor, AutoTokenizer
 
 from blip2x_training.arguments.parsing import parse_arguments
-from blip2x_training.arguments.training import Stage2Arguments
+from blip2x_training.arguments.pretraining import Stage2Arguments
 from blip2x_training.data.image_processor import load_image_processor
 from blip2x_training.data.splits import load_splits, steps_of
 from blip2x_training.engine.fit import already_finished, fit

@@ -2,8 +2,9 @@
 
 import pytest
 
+from blip2x_training.arguments.finetuning import FinetuneArguments
 from blip2x_training.arguments.parsing import parse_arguments, save_arguments
-from blip2x_training.arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
+from blip2x_training.arguments.pretraining import Stage1Arguments, Stage2Arguments
 
 NEEDED = ["--output_dir", "out", "--dataset", "data", "--vision_model", "tower"]
 

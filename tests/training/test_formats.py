@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from blip2x_training.arguments.parsing import parse_arguments
-from blip2x_training.arguments.training import Stage1Arguments
+from blip2x_training.arguments.pretraining import Stage1Arguments
 from blip2x_training.data.caption_dataset import CaptionDataset, JointDataset
 from blip2x_training.data.collators import Stage1Collator
 from blip2x_training.data.formats import expand_braces, image_start, load_rows

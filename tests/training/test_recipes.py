@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import Blip2VisionConfig, CLIPVisionConfig, OPTConfig, T5Config
 
+from blip2x_training.arguments.finetuning import FinetuneArguments
 from blip2x_training.arguments.parsing import parse_arguments
-from blip2x_training.arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
+from blip2x_training.arguments.pretraining import Stage1Arguments, Stage2Arguments
 from blip2x_training.engine.optimizer import Schedule, build_optimizer, set_learning_rate
 from modeling_blip2x import Blip2xConfig, Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xQFormerConfig
 

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 
-from ..arguments.training import FinetuneArguments, Stage1Arguments, Stage2Arguments
+from ..arguments.finetuning import FinetuneArguments
+from ..arguments.pretraining import Stage1Arguments, Stage2Arguments
 from ..data.caption_dataset import CaptionDataset, JointDataset
 from ..data.collators import Stage1Collator, language_collator
 from ..evaluation.validation import validate_image_text, validate_language

@@ -1,0 +1,124 @@
+"""The fields of pretrain_stage1.py and pretrain_stage2.py, beside those of every training.
+
+python training/pretrain_stage1.py --config training/configs/flickr8k_stage1.yaml --dataset DIR --vision_model DIR
+"""
+
+from dataclasses import dataclass, fields
+
+from modeling_blip2x.configuration_blip2x import ITC_LOSSES, OBJECTIVES
+
+from .base import BIG, doc
+from .training import RunArguments
+
+
+@dataclass
+class NewModelArguments(RunArguments):
+    """A run that builds its model, from a vision tower or from an earlier stage."""
+
+    init_from: str | None = doc(None, "Stage-1 folder to go on from; it brings its tower, Q-Former and queries.")
+    vision_model: str | None = doc(None, "Id or folder of the frozen vision tower. Required unless init_from is given.")
+    vision_feature_layer: int = doc(-1, "Hidden layer of the tower to use; -2 for CLIP ViT-L.")
+    num_query_tokens: int = doc(32, "Number of learned queries.")
+    qformer_init: str | None = doc(
+        None, "Id or folder of a BERT checkpoint that initialises the Q-Former; null for random."
+    )
+    qformer_config: dict | str | None = doc(
+        None, "Q-Former config fields (a mapping; JSON on the command line) for random init."
+    )
+
+    PATHS = (*RunArguments.PATHS, "init_from", "vision_model", "qformer_init")
+    RANGES = {**RunArguments.RANGES, "num_query_tokens": (1, BIG)}
+    OF_NEW_MODELS = ("vision_model", "vision_feature_layer", "num_query_tokens", "qformer_init", "qformer_config")
+
+    def required(self) -> list[str]:
+        return super().required() + ([] if self.init_from else ["vision_model"])
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.init_from:
+            defaults = {item.name: item.default for item in fields(self)}
+            given = [name for name in self.OF_NEW_MODELS if getattr(self, name) != defaults[name]]
+            found += [f"--{name} has no effect with --init_from, which brings its own. Leave it out." for name in given]
+        if self.qformer_init and self.qformer_config:
+            found.append(
+                "--qformer_init and --qformer_config are both given. A BERT checkpoint brings its own shape: drop one."
+            )
+        return found
+
+
+@dataclass
+class Stage1Arguments(NewModelArguments):
+    """Stage 1: representation learning with the frozen vision tower."""
+
+    init_from: str | None = doc(None, "Stage-1 folder to continue from with fresh optimiser and schedule.")
+    qformer_tokenizer: str | None = doc(
+        None, "Id or folder of the Q-Former's tokenizer; null takes qformer_init's or builds one."
+    )
+    image_text_hidden_size: int = doc(256, "Width of the space in which ITC compares images and texts.")
+    objectives: list[str] = doc(list(OBJECTIVES), "Losses that are computed and trained.")
+    itc_loss: str | None = doc(
+        None,
+        "softmax over the batch (the paper), or sigmoid for each pair (SigLIP); null: as init_from was trained, or softmax.",
+    )
+    hard_negative_steps: int = doc(
+        0,
+        "Steps over which ITM's negatives go from evenly drawn to the paper's hard ones. 0: hard from the start, as in "
+        "the paper, which leaves ITM of a short run at the constant predictor (loss 0.6365).",
+    )
+    itc_chunk_size: int | None = doc(
+        None,
+        "Pairs whose activations are held at a time: the gradient stays that of the whole batch, for a tenth to a third "
+        "more time. null: all of per_device_train_batch_size.",
+    )
+    min_word_count: int = doc(
+        5, "Word count in the training captions above which a built vocabulary keeps a word whole."
+    )
+    rerank_k: int = doc(16, "Candidates that ITM re-ranks in the validation at the end; 0 for no re-ranking.")
+
+    PATHS = (*NewModelArguments.PATHS, "qformer_tokenizer")
+    CHOICES = {"objectives": OBJECTIVES, "itc_loss": ITC_LOSSES}
+    RANGES = {
+        **NewModelArguments.RANGES,
+        "image_text_hidden_size": (1, BIG),
+        "hard_negative_steps": (0, BIG),
+        "itc_chunk_size": (1, BIG),
+        "min_word_count": (1, BIG),
+        "rerank_k": (0, BIG),
+    }
+    OF_NEW_MODELS = (*NewModelArguments.OF_NEW_MODELS, "qformer_tokenizer", "image_text_hidden_size", "min_word_count")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.itc_chunk_size and self.torch_compile:
+            found.append(
+                "--torch_compile is true, but with --itc_chunk_size the compiled forward is never called. Drop one."
+            )
+        return found
+
+
+@dataclass
+class Stage2Arguments(NewModelArguments):
+    """Stage 2: generative learning with the frozen vision tower and the frozen LLM."""
+
+    init_from: str | None = doc(None, "Stage-1 folder whose vision tower, Q-Former and queries are taken over.")
+    language_model: str | None = doc(None, "Id or folder of the frozen LLM, decoder-only or encoder-decoder. Required.")
+    load_in_4bit: bool = doc(False, "The language model in 4 bits; with --lora lm this is QLoRA. Needs bitsandbytes.")
+    prompt: str = doc("", "Text before each supervised text; it is not supervised itself.")
+    prompt_column: str | None = doc(
+        None, "Column with a prompt for the texts, or with one for each; null finds it where `prompt` has a {} for it."
+    )
+    qformer_text_input: bool = doc(
+        False, "The Q-Former reads the prompt too; needs init_from, whose text branch it keeps."
+    )
+    min_learning_rate: float = doc(5e-5, "Learning rate at the end of the cosine.")
+
+    REQUIRED = (*NewModelArguments.REQUIRED, "language_model")
+    PATHS = (*NewModelArguments.PATHS, "language_model")
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.qformer_text_input and not self.init_from:
+            found.append("--qformer_text_input is true, but there is no --init_from whose Q-Former can read. Give one.")
+        if self.prompt_column and self.prompt and "{}" not in self.prompt:
+            found.append(f"--prompt is {self.prompt!r}, but needs {{}} where the text of --prompt_column goes.")
+        return found
