@@ -65,16 +65,20 @@ def images_by_text(texts: list[str], images: list[list] | list, nested: bool, to
         counts = [0] * len(texts)
     else:
         raise ValueError(
-            f"Got {len(images)} images and {len(texts)} texts. Pass one text for each image, as many {token} in the texts "
+            f"Got {_counted(len(images), 'image')} and {_counted(len(texts), 'text')}. Pass one text for each image, as many {token} in the texts "
             f"as images (there are {sum(found)}), or a list of images for each text."
         )
     for text, number, count in zip(texts, found, counts):
         if number not in (0, count, count * queries):
             raise ValueError(
-                f"The text has {number} {token} placeholders but there is {count} image(s) for it: {text!r}. Write {token} "
-                "once for each image, or leave it out: then the images go first."
+                f"The text {text!r} has {_counted(number, f'{token} placeholder')}, but was given {_counted(count, 'image')}. "
+                f"Write {token} once for each image, or leave it out: then the images go first."
             )
     return counts
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def cuts(options: dict) -> bool:

@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     left_out = sum("skipped" in record for record in progress.records)
     print(
         f"{target}: {len(progress.records) - left_out} images, {len(sources)} captions kept, {sources.count('web')} of them "
-        f"the web's and {sources.count('synthetic')} synthetic; {left_out} image(s) left out"
+        f"the web's and {sources.count('synthetic')} synthetic; images left out: {left_out}"
     )
 
 

@@ -97,7 +97,7 @@ def load_data(
         image_column=args.image_column,
         text_column=args.text_column,
         prompt_column=args.prompt_column,
-        prompt="" if checkpoint.stage == 1 else choose_prompt(args, checkpoint.model.config),
+        prompt="" if checkpoint.stage == 1 else choose_prompt(args, checkpoint.model.config)[0],
         clean_texts=args.clean_captions and args.task == "retrieval",
         clean_questions=args.clean_questions,
         folder=image_start(args.data, args.image_folder),
@@ -163,6 +163,7 @@ def protocol_of(
         protocol["image_size"] += " (the checkpoint's own is {} x {})".format(*checkpoint.own_size)
     if checkpoint.stage == 2:
         protocol["prompt"] = repr(data.prompt)
+        protocol["prompt_from"] = choose_prompt(args, checkpoint.model.config)[1]
     if checkpoint.stage == 1 and args.task != "caption":
         protocol |= {"clean_captions": args.clean_captions, "max_text_length": args.max_text_length}
     if args.task == "retrieval":

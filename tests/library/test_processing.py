@@ -84,11 +84,11 @@ def test_image_token_in_the_text():
     assert processor(image(), "<image>" * QUERIES + "a dog").input_ids == plain
     inside = processor(image(), "this picture <image> is a dog").input_ids[0]
     assert inside.count(processor.image_token_id) == QUERIES and inside[0] != processor.image_token_id
-    with pytest.raises(ValueError, match="has 2 <image> placeholders but there is 1 image"):
+    with pytest.raises(ValueError, match="has 2 <image> placeholders, but was given 1 image\\."):
         processor(image(), "<image> a <image> dog")
-    with pytest.raises(ValueError, match="has 1 <image> placeholders but there is 0 image"):
+    with pytest.raises(ValueError, match="has 1 <image> placeholder, but was given 0 images"):
         processor(text="<image> a dog")
-    with pytest.raises(ValueError, match="2 images and 1 texts"):
+    with pytest.raises(ValueError, match="2 images and 1 text\\."):
         processor([image(), image()], "a dog")
 
 

@@ -75,13 +75,25 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         (["--learning_rate", "1e-6"], "--min_learning_rate"),
         (["--itc_chunk_size", "4", "--torch_compile"], "never called. Drop one"),
         (["--itc_chunk_size", "0"], "--itc_chunk_size is 0"),
+        (["--learning_rate", "-1"], "--learning_rate is -1.0, but must be above 0 and at most 10."),
+        (["--batch_size", "4"], "Did you mean --per_device_train_batch_size or --per_device_eval_batch_size?$"),
+        (["--epochs", "4"], "Did you mean --num_train_epochs?$"),
+        (["--learning-rat", "1"], "Did you mean --learning_rate?$"),
+        (["--zzz", "1"], "See --help"),
         (["--qformer_config", "[1]"], "must be a mapping"),
         (["--config", "nowhere.yaml"], "cannot be read"),
     ],
 )
 def test_mistakes_that_concern_two_fields(flags, part):
-    with pytest.raises(ValueError, match=part):
+    with pytest.raises(ValueError, match=part.replace("?", r"\?")):
         parse_arguments(Stage1Arguments, [*NEEDED, *flags])
+
+
+def test_stage_2_asks_for_stage_1_first():
+    flags = ["--output_dir", "out", "--dataset", "data", "--language_model", "llm"]
+    with pytest.raises(ValueError, match="1 wrong field:\n  --init_from is missing.*from scratch, --vision_model"):
+        parse_arguments(Stage2Arguments, flags)
+    assert parse_arguments(Stage2Arguments, [*flags, "--vision_model", "tower"]).init_from is None
 
 
 def test_missing_folders_and_misspelt_flags_are_reported_together():

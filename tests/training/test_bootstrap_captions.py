@@ -194,7 +194,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(parts, tmp_path, caps
     assert "3.png" in (tmp_path / "out" / "skipped.jsonl").read_text()
     rows = bootstrap(parts, tmp_path / "out", *flags, "--max_skip_fraction", "0.1")
     assert len(rows) == 9 and not any(row["image"].endswith("/3.png") for row in rows)
-    assert "1 image(s) left out" in capsys.readouterr().out
+    assert "images left out: 1" in capsys.readouterr().out
     (report,) = map(json.loads, (tmp_path / "out" / "skipped.jsonl").read_text().splitlines())
     assert (
         report["name"].endswith("3.png")

@@ -175,9 +175,17 @@ def test_prompts_by_language_model_and_checkpoint(parts, tmp_path):
         assert metrics["protocol"]["prompt"] == repr(prompt)
     own = make_stage2(tmp_path / "own", prompt_template="{} ?")
     assert evaluate(tmp_path / "out1", model=own, **fields)[0]["protocol"]["prompt"] == "'{} ?'"
-    assert (
-        captions(parts, tmp_path / "out2", model=own)[0]["protocol"]["prompt"] == "'a photo of'"
-    )  # {} fits no caption
+    protocol = captions(parts, tmp_path / "out2", model=own)[0]["protocol"]
+    assert (protocol["prompt"], protocol["prompt_from"]) == ("'a photo of'", "the paper's")  # {} fits no caption
+
+
+def test_a_model_trained_without_a_prompt_is_asked_without_one(parts, tmp_path, capsys):
+    trained = make_stage2(tmp_path / "trained", prompt_template="")
+    protocol = captions(parts, tmp_path / "out", model=trained)[0]["protocol"]
+    assert (protocol["prompt"], protocol["prompt_from"]) == ("''", "the checkpoint was trained with it")
+    assert "the checkpoint was trained with it" in capsys.readouterr().out
+    protocol = captions(parts, tmp_path / "told", model=trained, prompt="a")[0]["protocol"]
+    assert (protocol["prompt"], protocol["prompt_from"]) == ("'a'", "--prompt")
 
 
 def test_a_scorer_scores_captions(parts, tmp_path):
@@ -299,7 +307,7 @@ def test_what_is_missing_is_counted_or_an_error(parts, tmp_path):
 
 
 def test_wrong_fields_and_checkpoints_are_named(parts, tmp_path):
-    with pytest.raises(ValueError, match=r'Unknown split "holdout"'):
+    with pytest.raises(ValueError, match="has no split 'holdout', only train, all. Name one of these: --split\\.$"):
         captions(parts, tmp_path, split="holdout")
     with pytest.raises(ValueError, match="--task vqa needs a checkpoint of stage 2"):
         evaluate(tmp_path, task="vqa", model=parts / "stage1", data=parts / "captions.json")

@@ -56,6 +56,8 @@ class Arguments:
 
 
 def _lie_between(low: float, high: float) -> str:
+    if low == TINY:
+        return "be above 0" if high == BIG else f"be above 0 and at most {high:g}"
     if high == BIG:
-        return "be above 0" if low == TINY else f"be at least {low:g}"
+        return f"be at least {low:g}"
     return f"lie between {low:g} and {high:g}"

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+MOST_SUGGESTED = 3  # a flag such as --model fits so many fields that a list of them would be no hint
 
 
 def parse_arguments(kind: type, argv: list[str]):
@@ -53,7 +54,7 @@ def parse_arguments(kind: type, argv: list[str]):
             )
     problems += arguments.problems()
     if problems:
-        raise ValueError(f"{len(problems)} wrong field(s):\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ValueError(f"{len(problems)} wrong {'field' if len(problems) == 1 else 'fields'}:\n" + "\n".join(f"  {problem}" for problem in problems))
     return arguments
 
 
@@ -101,10 +102,7 @@ def read_flag(parser: HfArgumentParser, kind: type, flag: str, tokens: list[str]
     names = field_names(kind)
     name = flag.removeprefix("--")
     if name not in names and name.removeprefix("no_") not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        problems.append(
-            f"{flag} is not a field. " + (f"Did you mean --{near[0]}?" if near else "See --help for the fields.")
-        )
+        problems.append(f"{flag} is not a field. {suggestion(name, names)}")
         return
     name = name if name in names else name.removeprefix("no_")
     if tokens in (["null"], ["None"]):  # the way back to a default of null that a YAML file overrides
@@ -120,6 +118,14 @@ def read_flag(parser: HfArgumentParser, kind: type, flag: str, tokens: list[str]
         problems.append(f"{flag} takes one value, but got {tokens}. Quote it, or drop the rest.")
         return
     values[name] = getattr(known, name)
+
+
+def suggestion(name: str, names: list[str]) -> str:
+    """Which fields a flag that is none may mean: those that hold its words, as batch_size, else the nearest spelling."""
+    # By spelling alone batch_size is nearest to itc_chunk_size, which does something else.
+    holding = [known for known in names if f"_{name}_" in f"_{known}_"]
+    near = holding if 0 < len(holding) <= MOST_SUGGESTED else difflib.get_close_matches(name, names, n=1)
+    return f"Did you mean {' or '.join(f'--{one}' for one in near)}?" if near else "See --help for the fields."
 
 
 def field_names(kind: type) -> list[str]:

@@ -1,7 +1,4 @@
-"""The fields of pretrain_stage1.py and pretrain_stage2.py, beside those of every training.
-
-python training/pretrain_stage1.py --config training/configs/flickr8k_stage1.yaml --dataset DIR --vision_model DIR
-"""
+"""The fields of pretrain_stage1.py and pretrain_stage2.py, beside those of every training."""
 
 from dataclasses import dataclass, fields
 
@@ -112,11 +109,19 @@ class Stage2Arguments(NewModelArguments):
     )
     min_learning_rate: float = doc(5e-5, "Learning rate at the end of the cosine.")
 
-    REQUIRED = (*NewModelArguments.REQUIRED, "language_model")
+    REQUIRED = (*RunArguments.REQUIRED, "language_model")
     PATHS = (*NewModelArguments.PATHS, "language_model")
+
+    def required(self) -> list[str]:
+        return list(self.REQUIRED)  # problems() asks for init_from or vision_model in one sentence
 
     def problems(self) -> list[str]:
         found = super().problems()
+        if not self.init_from and not self.vision_model:
+            found.append(
+                "--init_from is missing. Pass the output folder of stage 1, or, to train stage 2 from scratch, "
+                "--vision_model with the id or folder of a vision tower."
+            )
         if self.qformer_text_input and not self.init_from:
             found.append("--qformer_text_input is true, but there is no --init_from whose Q-Former can read. Give one.")
         if self.prompt_column and self.prompt and "{}" not in self.prompt:

@@ -1,6 +1,6 @@
 """Official files of evaluation sets that training does not read: questions without answers, DAQUAR's and Flickr8k's texts.
 
-`evaluation_rows` reads these, and leaves everything else to `sources.load_rows`.
+`evaluation_rows` reads these, and leaves everything else to `formats.load_rows`.
 """
 
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 
-from .formats import existing, image_start, load_rows, read_json, vqa_rows, whole
+from .formats import NAME_A_SPLIT, existing, image_start, load_rows, read_json, splits_named_in, vqa_rows, whole
 from .rows import Rows, take_split
 
 FLICKR8K_SPLITS = {"train": "train", "validation": "dev", "test": "test"}  # Flickr_8k.devImages.txt
@@ -30,11 +30,14 @@ def evaluation_rows(data: str, split: str, image_folder: str | None = None) -> d
         if images and "annotations" not in content and "sentences" not in images[0]:
             return take_split(*whole(image_rows(images)), split)
     except (ValueError, KeyError, OSError) as error:
+        if splits := splits_named_in(error):
+            raise ValueError(f"--data {data} has no split {split!r}, only {splits}. Name one of these: --split.") from error
         raise ValueError(f"--data {data}, split {split!r} cannot be read: {error}") from error
     try:
         return load_rows(data, split, image_folder)
     except ValueError as error:
-        raise ValueError(str(error).replace("--dataset", "--data")) from error
+        message = str(error).replace("--dataset", "--data").replace(NAME_A_SPLIT, "Name one of these: --split.")
+        raise ValueError(message) from error
 
 
 def image_rows(images: list[dict]) -> Rows:

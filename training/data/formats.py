@@ -11,6 +11,7 @@ import datasets
 from .rows import Rows, take_split
 from .tars import tar_rows
 
+NAME_A_SPLIT = "Name one of these."
 Splits = dict[str, Sequence[int]]  # the rows of each split
 SPLIT_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 FORMATS = (
@@ -47,10 +48,18 @@ def load_rows(dataset: str, split: str, image_folder: str | None = None) -> data
         else:
             rows = datasets.load_dataset(dataset, split=split)
     except Exception as error:  # datasets raises a dozen kinds
+        if splits := splits_named_in(error):
+            raise ValueError(f"--dataset {dataset} has no split {split!r}, only {splits}. {NAME_A_SPLIT}") from error
         raise ValueError(f"--dataset {dataset}, split {split!r} cannot be read: {error}") from error
     if len(rows) == 0:
         raise ValueError(f"--dataset {dataset}, split {split!r} has no rows.")
     return rows
+
+
+def splits_named_in(error: Exception) -> str | None:
+    """The splits that there are, if `error` is that of `datasets` about a split that there is not."""
+    found = re.search(r"Unknown split .* Should be one of \[(.*)\]", str(error))
+    return found and found[1].replace("'", "")
 
 
 def image_start(dataset: str, image_folder: str | None) -> Path | None:

@@ -72,7 +72,7 @@ def language_task(
     eval_set: CaptionDataset | JointDataset | None,
 ) -> Task:
     """The language model's loss on the text, given image and prompt. The prompt's template stays in the checkpoint."""
-    model.config.prompt_template = args.prompt or None
+    model.config.prompt_template = args.prompt  # "" is a prompt too: evaluation then asks with the image alone
     if processor.qformer_tokenizer is None:
         freeze_text_branch(model)
 

@@ -54,7 +54,7 @@ class EvaluationArguments(Arguments):
 
     prompt: str | None = doc(
         None,
-        "Text before what is written; {} stands for the question. null takes the checkpoint's own, else the task's: "
+        "Text before what is written; {} stands for the question. null takes what the checkpoint was trained with, else the task's: "
         f"{CAPTION_PROMPT!r}; {QUESTION_PROMPT!r}, with FlanT5 {SHORT_QUESTION_PROMPT!r}.",
     )
     num_beams: int = doc(BEAMS, "Beams; 1 is greedy.")
@@ -148,13 +148,16 @@ class EvaluationArguments(Arguments):
         return found
 
 
-def choose_prompt(args: EvaluationArguments, config) -> str:
-    """The prompt of a stage-2 model: as asked, else the checkpoint's own where it fits the task, else the paper's."""
+def choose_prompt(args: EvaluationArguments, config) -> tuple[str, str]:
+    """The prompt of a stage-2 model, and where it comes from.
+
+    As asked, else the one that the checkpoint was trained with where that fits the task, else the paper's.
+    """
     own, asks = config.prompt_template, args.task == "vqa"
     if args.prompt is not None:
-        return args.prompt
-    if own and ("{}" in own) == asks and args.task != "classification":
-        return own
+        return args.prompt, "--prompt"
+    if own is not None and ("{}" in own) == asks and args.task != "classification":
+        return own, "the checkpoint was trained with it"
     if asks:
-        return SHORT_QUESTION_PROMPT if config.is_encoder_decoder else QUESTION_PROMPT
-    return CLASS_PROMPT if args.task == "classification" else CAPTION_PROMPT
+        return SHORT_QUESTION_PROMPT if config.is_encoder_decoder else QUESTION_PROMPT, "the paper's"
+    return CLASS_PROMPT if args.task == "classification" else CAPTION_PROMPT, "the paper's"
