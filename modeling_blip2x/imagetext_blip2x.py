@@ -1,7 +1,7 @@
-"""Layers and scores of stage 1: unit-norm features, ITC cosines, ITM match probabilities.
+"""Layers and scores of stage 1: unit-norm features, ITC cosines, ITM match probabilities of the images and texts given.
 
-`Blip2xForImageTextRetrieval` (retrieval_blip2x.py) adds a forward in the units of retrieval, `Blip2xForPreTraining`
-(pretraining_blip2x.py) one with the three losses. Both have the same weights.
+matching_blip2x.py adds what training needs of other processes (negatives, the global batch); retrieval_blip2x.py is the
+class with a forward in the units of retrieval, pretraining_blip2x.py that with the three losses. All have the same weights.
 """
 
 import torch

@@ -1,6 +1,8 @@
 """Stage 1 over the global batch: pairs encoded once, ITC against all ranks, ITM with hard negatives.
 
-B rows on this rank, N on all; features of images are (B, Q, P), of texts (B, P).
+imagetext_blip2x.py has the layers, and the scores of images and texts that are given; retrieval_blip2x.py is the class that
+users load for retrieval. This file adds what the losses of both training classes share. B rows on this rank, N on all;
+features of images are (B, Q, P), of texts (B, P).
 """
 
 from collections.abc import Callable

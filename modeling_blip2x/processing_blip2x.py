@@ -126,6 +126,9 @@ class Blip2xProcessor(ProcessorMixin):
         defaults = {name: getattr(self.tokenizer, name, value) for name, value in settings.items() if value is not None}
         if "max_length" in defaults and "max_length" not in of_text:
             defaults.setdefault("truncation", False)  # only a caller's max_length means by itself that texts are cut
+            asked = defaults | of_text
+            if not asked["truncation"] and asked.get("padding") != "max_length":
+                del defaults["max_length"]  # left in the tokenizer by training; it would have no effect but a warning
         return defaults | of_text, of_images
 
     def _encode_images(self, images: list, nested: bool, options: dict) -> dict:

@@ -1,4 +1,7 @@
-"""Retrieval: a stage-1 checkpoint with a forward that scores images and texts."""
+"""Retrieval: a stage-1 checkpoint with a forward that scores images and texts.
+
+The scores themselves are in imagetext_blip2x.py, the losses over the global batch in matching_blip2x.py.
+"""
 
 import torch
 from torch import nn

@@ -179,7 +179,7 @@ def run_quickstart(output_dir: Path, seed: int, ablations: bool = False, budget:
     shown = json.loads((output_dir / "shown" / "shown.json").read_text(encoding="utf-8"))
     report = write_picture(output_dir, shown, curves)
     clock.lap("fresh process and report")
-    print(f"\n{clock}\nReport: {report}\nModel: {second}")
+    print(f"\n{clock}\nReport: {report}\nModels to load: {second} (writes), {first} (scores images against texts)")
     print(f"To see it in a browser: {python_of_the_space()} space_app/app.py --model {output_dir}")
     return results
 

@@ -5,6 +5,7 @@ import functools
 import http.server
 import io
 import threading
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -90,6 +91,19 @@ def test_image_token_in_the_text():
         processor(text="<image> a dog")
     with pytest.raises(ValueError, match="2 images and 1 text\\."):
         processor([image(), image()], "a dog")
+
+
+def test_a_length_left_by_training_neither_cuts_nor_warns(tmp_path):
+    """A tokenizer that has cut texts is saved with the length it cut them to."""
+    trained = stage1_processor()
+    trained.tokenizer(["a dog"], truncation=True, max_length=4)
+    trained.save_pretrained(tmp_path)
+    loaded = Blip2xProcessor.from_pretrained(tmp_path)
+    assert loaded.tokenizer.init_kwargs["max_length"] == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids = loaded(text=["a red circle below the blue square", "a dog"], padding=True).input_ids
+    assert [len(row) for row in ids] == [9, 9]
 
 
 def test_bad_text_is_named():

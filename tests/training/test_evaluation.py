@@ -309,6 +309,8 @@ def test_what_is_missing_is_counted_or_an_error(parts, tmp_path):
 def test_wrong_fields_and_checkpoints_are_named(parts, tmp_path):
     with pytest.raises(ValueError, match="has no split 'holdout', only train, all. Name one of these: --split\\.$"):
         captions(parts, tmp_path, split="holdout")
+    with pytest.raises(ValueError, match=r"no checkpoint, but has some below it: \S+/opt, .*/stage1.*Give one"):
+        captions(parts, tmp_path, model=parts)
     with pytest.raises(ValueError, match="--task vqa needs a checkpoint of stage 2"):
         evaluate(tmp_path, task="vqa", model=parts / "stage1", data=parts / "captions.json")
     with pytest.raises(ValueError, match="--task retrieval needs a checkpoint of stage 1"):

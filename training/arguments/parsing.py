@@ -54,7 +54,10 @@ def parse_arguments(kind: type, argv: list[str]):
             )
     problems += arguments.problems()
     if problems:
-        raise ValueError(f"{len(problems)} wrong {'field' if len(problems) == 1 else 'fields'}:\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ValueError(
+            f"{len(problems)} wrong {'field' if len(problems) == 1 else 'fields'}:\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+        )
     return arguments
 
 

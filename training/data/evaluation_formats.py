@@ -31,7 +31,9 @@ def evaluation_rows(data: str, split: str, image_folder: str | None = None) -> d
             return take_split(*whole(image_rows(images)), split)
     except (ValueError, KeyError, OSError) as error:
         if splits := splits_named_in(error):
-            raise ValueError(f"--data {data} has no split {split!r}, only {splits}. Name one of these: --split.") from error
+            raise ValueError(
+                f"--data {data} has no split {split!r}, only {splits}. Name one of these: --split."
+            ) from error
         raise ValueError(f"--data {data}, split {split!r} cannot be read: {error}") from error
     try:
         return load_rows(data, split, image_folder)

@@ -10,7 +10,7 @@ from modeling_blip2x.convert import load_transformers
 
 from ..data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator, language_collator
 from ..data.image_processor import has_other_size, output_size, resize_to
-from ..models.loading import load_model
+from ..models.loading import checkpoints_below, load_model
 from .fields import EvaluationArguments
 
 LONGEST_PROMPT = 512  # tokens; prompts of an evaluation are not cut
@@ -51,6 +51,8 @@ def load_checkpoint(source: str, device, image_size: int | None = None) -> Check
 
     Raises ValueError for anything else.
     """
+    if below := checkpoints_below(source):
+        raise ValueError(f"--model {source} cannot be loaded.{below}")
     try:
         kind = AutoConfig.from_pretrained(source).model_type
     except (OSError, ValueError) as error:
