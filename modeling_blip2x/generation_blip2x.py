@@ -14,7 +14,7 @@ from dataclasses import fields
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .assembling_blip2x import build_generative, hand_over
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
@@ -25,14 +25,13 @@ from .language_blip2x import (
     language_modelling_loss,
     longer_cache,
     positions_of,
+    warn_of_float16,
 )
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
 from .outputs_blip2x import Blip2xForConditionalGenerationOutput, Blip2xImageFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
 from .qformer_blip2x import in_own_dtype
 from .vision_blip2x import with_eager_attention
-
-logger = logging.get_logger(__name__)
 
 
 class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, GenerationMixin):
@@ -212,8 +211,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         """
         if input_ids is None and pixel_values is not None and pixel_values.ndim == 2:
             pixel_values, input_ids = None, pixel_values  # classifier-free guidance calls every model with ids alone
-        if self.config.text_config.model_type == "t5" and self.language_model.dtype == torch.float16:
-            self._warn_of_float16()
+        warn_of_float16(self.language_model)
         image = self._image_features(
             mm_encoder_outputs,
             pixel_values,
@@ -401,13 +399,6 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
 
     def __repr__(self) -> str:
         return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
-
-    @torch.compiler.disable
-    def _warn_of_float16(self) -> None:
-        logger.warning_once(
-            "T5 was trained in bfloat16 and overflows in float16: answers may be gibberish. Load the model with "
-            "dtype=torch.bfloat16 or torch.float32."
-        )
 
 
 # The language model's own outputs, under the names that this release of transformers gives them.

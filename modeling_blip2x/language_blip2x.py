@@ -2,6 +2,13 @@
 
 One language model counts positions itself and another does not, one takes `logits_to_keep`, one calls its cache `cache`
 and another `past_key_values`. All of that is asked of the model here, so that a forward reads the same for all of them.
+
+What a family needs that is no matter of its forward stands where the thing itself is made:
+
+- the token that an encoder-decoder starts from: `Blip2xConfig.__post_init__` in configuration_blip2x.py;
+- a padding token for families that have none (Llama, GPT-2): `Blip2xProcessor.__init__` in processing_blip2x.py;
+- whether BOS stands behind the image in a prompt without text: `image_prompt` in image_prompt_blip2x.py;
+- which class of transformers loads it: `load_language_model` in assembling_blip2x.py.
 """
 
 import inspect
@@ -13,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
+from transformers.utils import logging
 
 from .distributed_blip2x import global_mean
+
+logger = logging.get_logger(__name__)
 
 # Name of the cache in outputs and in generate: past_key_values, and from transformers 5.24 on cache.
 CACHE = next(field.name for field in fields(Seq2SeqLMOutput) if field.name in ("cache", "past_key_values"))
@@ -106,6 +116,20 @@ class LanguageBackbone:
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.model.model, name)  # what else transformers asks of the part that all models share
+
+
+def warn_of_float16(language_model: nn.Module) -> None:
+    """Say once that a T5 in float16 gives gibberish; transformers computes it without a word."""
+    if language_model.config.model_type == "t5" and language_model.dtype == torch.float16:
+        _warn_of_float16()
+
+
+@torch.compiler.disable
+def _warn_of_float16() -> None:
+    logger.warning_once(
+        "T5 was trained in bfloat16 and overflows in float16: answers may be gibberish. Load the model with "
+        "dtype=torch.bfloat16 or torch.float32."
+    )
 
 
 def language_modelling_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

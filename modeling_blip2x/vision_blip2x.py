@@ -2,6 +2,9 @@
 
 BLIP-2's own EVA tower is `Blip2VisionModel`, which AutoModel does not know. Its final LayerNorm is not part of the
 frozen tower: it is the trained `ln_vision` of the model around it, so it is replaced by an identity here.
+
+The width of a tower's features is read off its config in configuration_blip2x.py (`vision_hidden_size`), since a config
+must know it before there is a tower.
 """
 
 import copy

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from blip2x_training.data import images
 from blip2x_training.data.bad_rows import SkipLog, row_of
-from blip2x_training.data.caption_dataset import CaptionDataset, make_loader
+from blip2x_training.data.caption_dataset import CaptionDataset, Sampling, make_loader
 from blip2x_training.data.formats import load_rows
 from blip2x_training.data.images import BadRow, open_image
 from blip2x_training.data.order import BatchOrder, EpochOrder
@@ -158,7 +158,7 @@ def collate_texts(items: list[dict]) -> dict:
 
 def test_a_stand_in_depends_on_seed_epoch_and_row_alone(parts):
     def visits(seed: int) -> list:
-        data = CaptionDataset(load_rows(str(parts / "bad"), "train"), seed=seed, crop_size=(16, 16))
+        data = CaptionDataset(load_rows(str(parts / "bad"), "train"), sampling=Sampling(seed, (16, 16)))
         assert len(data) == 18 and data.num_rows == 20
         return [data[epoch, row] for epoch in range(4) for row in range(18)]
 

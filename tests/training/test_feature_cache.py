@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from blip2x_training import cache_features
-from blip2x_training.data.caption_dataset import CaptionDataset, ImageDataset
+from blip2x_training.data.caption_dataset import CaptionDataset, ImageDataset, Sampling
 from blip2x_training.data.feature_cache import FeatureCache, images_fingerprint, load_features
 from blip2x_training.data.formats import load_rows
 from tests.helpers.training_parts import make_image_folder, make_vision_model, run_stage1
@@ -94,7 +94,9 @@ def test_cached_views_are_crops_and_flips_drawn_each_visit(parts, tmp_path):
 
     rows = load_rows(str(parts / "data"), "train")
     for draw_text, drawn in ((True, {0, 1, 2}), (False, {0})):
-        data = CaptionDataset(rows, image_column="image", text_column="captions", draw_text=draw_text)
+        data = CaptionDataset(
+            rows, image_column="image", text_column="captions", sampling=Sampling(draw_text=draw_text)
+        )
         data.use_features(views)
         seen = [data[epoch, 0]["vision_embeds"] for epoch in range(20)]
         assert {next(v for v in range(3) if torch.equal(views.read(0, v), one)) for one in seen} == drawn

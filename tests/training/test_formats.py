@@ -12,7 +12,7 @@ from PIL import Image
 
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.pretraining import Stage1Arguments
-from blip2x_training.data.caption_dataset import CaptionDataset, JointDataset
+from blip2x_training.data.caption_dataset import CaptionDataset, JointDataset, Sampling
 from blip2x_training.data.collators import Stage1Collator
 from blip2x_training.data.formats import expand_braces, image_start, load_rows
 from blip2x_training.data.order import BatchOrder, EpochOrder
@@ -159,7 +159,9 @@ def test_lists_of_questions_have_an_answer_each(tmp_path, photos):
     pairs = [(item["prompt"], item["text"]) for item in drawn]
     assert set(pairs) == {("what colour", "red"), ("is it red", "yes"), ("is it red", "no")}
     assert 70 < pairs.count(("what colour", "red")) < 130  # questions are drawn evenly, whatever their answers
-    first = captions_of(str(tmp_path / "daquar.json"), folder=photos, prompt_column="auto", draw_text=False)
+    first = captions_of(
+        str(tmp_path / "daquar.json"), folder=photos, prompt_column="auto", sampling=Sampling(draw_text=False)
+    )
     assert first.texts == [["red", "yes", "no"]] and first[7, 0]["prompt"] == "what colour"
 
 

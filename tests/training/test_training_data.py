@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from transformers import BertConfig, BertModel
 
 from blip2x_training import trim_bert
-from blip2x_training.data.caption_dataset import CaptionDataset
+from blip2x_training.data.caption_dataset import CaptionDataset, Sampling
 from blip2x_training.data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from blip2x_training.data.formats import load_rows
 from blip2x_training.data.image_processor import output_size
@@ -45,7 +45,7 @@ def test_missing_dataset_split_and_column_are_named(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty folder"):
         load_rows(str(tmp_path / "empty"), "train")
-    with pytest.raises(ValueError, match="split 'test' cannot be read"):
+    with pytest.raises(ValueError, match="has no split 'test', only train. Name one"):
         load_rows(str(folder), "test")
     with pytest.raises(ValueError, match=r"--text_column is 'caption'.*Did you mean 'captions'"):
         CaptionDataset(load_rows(str(folder), "train"), image_column="image", text_column="caption")
@@ -53,7 +53,7 @@ def test_missing_dataset_split_and_column_are_named(tmp_path, folder):
 
 def test_one_caption_is_drawn_each_visit_reproducibly(folder):
     rows = load_rows(str(folder), "train")
-    first, second = (CaptionDataset(rows, seed=3, crop_size=(28, 28), **COLUMNS) for _ in range(2))
+    first, second = (CaptionDataset(rows, sampling=Sampling(3, (28, 28)), **COLUMNS) for _ in range(2))
     drawn = [first[epoch, 0] for epoch in range(12)]
     assert {item["text"] for item in drawn} == set(first.texts[0])
     again = second[5, 0]
@@ -68,7 +68,7 @@ def test_training_images_are_normalised_by_the_towers_own_mean_and_std(folder):
     height, width = output_size(processor)
     tokenizer = build_tokenizer(["a"], 1)
     for crop_size in ((height, width), None):
-        data = CaptionDataset(rows, crop_size=crop_size, **COLUMNS)
+        data = CaptionDataset(rows, sampling=Sampling(crop_size=crop_size), **COLUMNS)
         drawn = [data[epoch, 0] for epoch in range(3)]
         pixels = Stage1Collator(processor, tokenizer, 8, cropped=crop_size is not None)(drawn)["pixel_values"]
         for item, tensor in zip(drawn, pixels):

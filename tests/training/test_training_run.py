@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from blip2x_training import caption_language, pretrain_stage1
-from blip2x_training.data.caption_dataset import CaptionDataset
+from blip2x_training.data.caption_dataset import CaptionDataset, Sampling
 from blip2x_training.data.collators import language_collator
 from blip2x_training.data.formats import load_rows
 from blip2x_training.evaluation import writing
@@ -124,7 +124,10 @@ def figures_row_by_row(model, processor, data: Path, prompt: str) -> tuple[float
     """Loss and token accuracy over all supervised tokens of the validation split, from one row at a time."""
     collate = language_collator(model, processor, 32, cropped=False)
     rows = CaptionDataset(
-        load_rows(str(data), "validation"), text_column="captions", prompt=prompt, draw_text=False, seed=42
+        load_rows(str(data), "validation"),
+        text_column="captions",
+        prompt=prompt,
+        sampling=Sampling(seed=42, draw_text=False),
     )
     loss, right, count = 0.0, 0, 0
     for row in range(len(rows)):

@@ -6,6 +6,7 @@ epoch, row): no worker or process holds state. The order of rows is in `order`.
 
 import random
 from bisect import bisect_right
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -46,6 +47,19 @@ class ImageDataset(torch.utils.data.Dataset):
         return image_name(self.images[row][self.image_column], self.folder)
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a visit to a row draws: what comes out depends on seed, epoch and row alone.
+
+    crop_size: (height, width) of the training augmentation; None for no augmentation.
+    draw_text: True draws one question and text each visit, False takes the first.
+    """
+
+    seed: int | str = 0
+    crop_size: tuple[int, int] | None = None
+    draw_text: bool = True
+
+
 class CaptionDataset(ImageDataset):
     """Map-style dataset of images with texts, indexed by (epoch, index of a usable row).
 
@@ -62,8 +76,6 @@ class CaptionDataset(ImageDataset):
         prompt_column: question that the texts answer; a list of questions has one text, or list of texts, for each. "auto"
             takes the first of `rows.PROMPT_COLUMNS`, None leaves questions out.
         prompt: goes before every text; `{}` in it stands for the question.
-        crop_size: (height, width) of the training augmentation; None for no augmentation.
-        draw_text: True draws one question and text each visit, False takes the first.
         source: data set and split, as reports name them.
         known_images: numbers of images given so far, shared by data sets that are trained on together.
     """
@@ -78,9 +90,7 @@ class CaptionDataset(ImageDataset):
         prompt: str = "",
         clean_captions: bool = True,
         folder: Path | None = None,
-        seed: int | str = 0,
-        crop_size: tuple[int, int] | None = None,
-        draw_text: bool = True,
+        sampling: Sampling = Sampling(),
         source: tuple[str, str] = ("", ""),
         known_images: dict | None = None,
     ):
@@ -89,8 +99,8 @@ class CaptionDataset(ImageDataset):
         if prompt_column is not None:
             wanted = None if prompt_column == "auto" else prompt_column
             prompt_column = find_column(rows, wanted, PROMPT_COLUMNS, "prompt_column")
-        self.prompt, self.asks, self.seed = prompt, prompt_column is not None, seed
-        self.crop_size, self.draw_text, self.features = crop_size, draw_text, None
+        self.prompt, self.asks, self.features = prompt, prompt_column is not None, None
+        self.seed, self.crop_size, self.draw_text = sampling.seed, sampling.crop_size, sampling.draw_text
         self.source, self.sources = source, {source}
         self.skip_log: SkipLog | None = None
 

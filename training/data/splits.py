@@ -6,7 +6,7 @@ import math
 from accelerate import Accelerator
 
 from ..arguments.training import RunArguments
-from .caption_dataset import CaptionDataset, JointDataset
+from .caption_dataset import CaptionDataset, JointDataset, Sampling
 from .formats import image_start, load_rows
 from .image_processor import output_size
 
@@ -33,9 +33,7 @@ def load_dataset_split(
             prompt=prompt,
             clean_captions=args.clean_captions,
             folder=image_start(dataset, args.image_folder),
-            seed=f"{args.seed}/{number}" if number else args.seed,
-            crop_size=crop_size,
-            draw_text=draw_text,
+            sampling=Sampling(f"{args.seed}/{number}" if number else args.seed, crop_size, draw_text),
             source=(dataset, split),
             known_images=known_images,
         )

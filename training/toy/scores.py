@@ -10,7 +10,7 @@ from PIL import Image
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.images_blip2x import rgb_image
 
-from ..data.caption_dataset import CaptionDataset
+from ..data.caption_dataset import CaptionDataset, Sampling
 from ..data.collators import Stage1Collator
 from ..data.formats import load_rows
 from ..evaluation.retrieval import RetrievalSet, rerank
@@ -79,7 +79,9 @@ def score_retrieval(model_dir: str | Path, dataset: str | Path, split: str) -> d
     processor = Blip2xProcessor.from_pretrained(model_dir)
     rows = load_rows(str(dataset), split)
     rows = rows.select(distinct_rows(rows["caption"][:], DISTINCT_SCENES))
-    data = CaptionDataset(rows, image_column="image", text_column="caption", clean_captions=False, draw_text=False)
+    data = CaptionDataset(
+        rows, image_column="image", text_column="caption", clean_captions=False, sampling=Sampling(draw_text=False)
+    )
     collator = Stage1Collator(processor.image_processor, processor.tokenizer, max_text_length=32, cropped=False)
     encoded = RetrievalSet(model, data, collator, Accelerator(cpu=True))
     recalls = recall_at_k(encoded.cosines, encoded.owner) | rerank(encoded, SHORTLIST, model.temperature.item())
