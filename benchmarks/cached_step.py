@@ -126,7 +126,7 @@ def measure(
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                loss.item()  # a GPU has finished
+                loss.item()  # kernels of a GPU run asynchronously: wait for them
                 if number >= warmup:
                     seconds[kind]["data"].append(loaded - start)
                     seconds[kind]["step"].append(time.perf_counter() - start)

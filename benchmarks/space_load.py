@@ -85,7 +85,7 @@ def measure(address: str, process: psutil.Process, examples: list[Path], expecte
                 if len(seconds) % 100 == 0:
                     memory.append(round(process.memory_info().rss / 1e6))
 
-    visit(0, 20)  # what is made at the first request counts as before
+    visit(0, 20)  # warm-up: what the first request allocates belongs to the baseline
     seconds.clear()
     before = process.memory_info().rss / 1e6
     begin = time.perf_counter()

@@ -18,7 +18,7 @@ from benchmarks.official_step import official_losses
 from modeling_blip2x import Blip2xConfig, Blip2xForPreTraining
 
 POSITIONS, WIDTH, QUERIES, LENGTHS = 257, 1408, 32, (8, 9, 10, 11, 13, 14, 15, 16)
-BATCHES = (8, 32)  # multiples of the number of lengths: every length as often
+BATCHES = (8, 32)  # multiples of the number of lengths, so that each occurs equally often
 FASTER = {("cpu", "float32"): 1.9, ("cpu", "bfloat16"): 3.5}  # aims
 FORWARD_FLOPS, COUNTED_TOKENS = 42e9, 12  # aim: FLOPs a pair whose caption has that many tokens
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
@@ -88,7 +88,7 @@ def flops_row(device: str) -> Row:
 @cache
 def flops_of_step(device: str) -> float:
     """FLOPs a pair of our forward and backward."""
-    batch = make_batch(device, 2, (min(LENGTHS), max(LENGTHS)))  # as long on average as all lengths
+    batch = make_batch(device, 2, (min(LENGTHS), max(LENGTHS)))  # two captions whose mean length is that of all LENGTHS
     return count_flops(lambda model: step(model, our_losses, batch, "float32"), device) / 2
 
 
@@ -144,7 +144,7 @@ def check_losses(model: Blip2xForPreTraining, batch: dict[str, torch.Tensor]) ->
     model.eval()
     with torch.no_grad():
         ours, official = (losses(model, **batch, negative_seed=0) for losses in ALGORITHMS.values())
-    apart = torch.stack([abs(ours[name] - official[name]) for name in LOSSES]).max().item()  # NaN where one is
+    apart = torch.stack([abs(ours[name] - official[name]) for name in LOSSES]).max().item()  # NaN if any loss is NaN
     print(f"stage-1 losses, batch {len(batch['input_ids'])}: at most {apart:.1e} apart", flush=True)
     if not apart <= 1e-4:
         raise RuntimeError(f"The losses are not those of the official algorithm: {ours} and {official}.")

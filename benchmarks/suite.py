@@ -55,7 +55,7 @@ def main() -> None:
         found = importlib.import_module(f"benchmarks.{suite}").run(args.device)
         rows += found
         print(f"\n{suite}, {time.perf_counter() - start:.0f} s\n{table(found)}", flush=True)
-        if args.output:  # after each suite: what is measured is not lost with what comes
+        if args.output:  # after each suite, so that one that fails does not lose the results before it
             Path(args.output).write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 
 SWEEP, KEPT = 600, 3600  # seconds: how often the cache is swept, and how old its files get
-QUEUE = 64  # requests that may wait; more are told to come back
+QUEUE = 64  # requests in the queue; one more is refused and asked to try again
 PROMPT = "a picture of"
 MOST_TURNS = 50
 

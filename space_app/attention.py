@@ -145,7 +145,7 @@ def word_overlays(
     words, weights = word_weights(part, image, prompt, settings, stop)
     maps = query_maps(part, image, layer, head).to(weights.device)
     heats = torch.einsum("wq,qrc->wrc", weights, maps).cpu().numpy()
-    # What all words share (places that every query watches) is taken off: what is left is what the word adds.
+    # Subtract what all words share (places that every query watches): what is left is due to the word.
     heats = (heats - heats.mean(0, keepdims=True)).clip(0) if len(words) > 1 else heats
     picture = seen_picture(part, image)
     strongest = heats.max() if len(words) else None

@@ -68,7 +68,7 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def chart(scores: dict | None, images: list[Image.Image]) -> str:
-    """Bars for one image, a matrix for several. Nothing where other pictures than those of the scores are there by now."""
+    """Bars for one image, a matrix for several. Nothing if the pictures have changed since they were scored."""
     if not scores or len(images) != len(scores["itc"]):
         return ""
     return bars(scores) if len(images) == 1 else matrix(scores, images)

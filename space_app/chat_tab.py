@@ -54,7 +54,7 @@ def ask(sent_at: float, visit: Visit, question: str, messages: list[dict]):
 
 
 def start_anew(sent_at: float, visit: Visit):
-    """An empty chat, unless a question was asked since; what is still being said about the old one ends."""
+    """An empty chat, unless a question was asked since. An answer that is still being written is cancelled."""
     if sent_at < visit.since:
         return gr.skip(), gr.skip()
     visit.question, visit.since = None, sent_at

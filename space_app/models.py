@@ -220,7 +220,7 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         cause = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"The device {name} is not to be had here ({cause}). Choose auto, cpu, cuda, cuda:1 or mps, as this machine has."
+            f"The device {name} is not available here ({cause}). Choose auto, cpu, cuda, cuda:1 or mps, as this machine has."
         ) from error
     return name
 

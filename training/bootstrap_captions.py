@@ -112,7 +112,7 @@ class Models:
 
 
 def web_captions(rows: datasets.Dataset | Rows, column: str | None) -> list[list[str]]:
-    """The captions that each row brings; none where it has none."""
+    """The captions of each row; an empty list where it has none."""
     column = column or next((name for name in CAPTION_COLUMNS if name in rows.column_names), None)
     if column is None:
         return [[] for _ in range(len(rows))]
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         stop_if_too_many_skipped(progress, output_dir, len(images), args.max_skip_fraction)
     stop_if_too_many_skipped(progress, output_dir, len(images), args.max_skip_fraction)
 
-    # Everything below is made from the progress alone, so a run that is stopped in it ends the same when repeated.
+    # Everything below is derived from the progress file, so a run that is stopped here gives the same when repeated.
     if not any("captions" in record for record in progress.records):
         raise ValueError(f"No row of {args.dataset}, split {args.split!r}, has an image and a caption.")
     target = write_dataset(images, progress.records, output_dir, split)

@@ -41,7 +41,7 @@ from blip2x_training.system.fingerprints import differences
 from modeling_blip2x.assembling_blip2x import load_vision_model
 from modeling_blip2x.vision_blip2x import vision_features
 
-SHARD_BYTES = 10**9  # of a shard where no number of rows is given: what a run that is stopped loses at most
+SHARD_BYTES = 10**9  # of a shard, unless rows are given: a stopped run loses one shard at most
 
 
 @dataclass
@@ -179,7 +179,7 @@ def plan_split(args: CacheArguments, name: str, views: int, shape: tuple[int, in
 
 
 def read_description(folder: Path, split: str) -> dict | None:
-    """Of a cache that is whole, or of one that was begun."""
+    """Description of a finished cache, or of one that was begun."""
     for name in (f"{split}.json", f"{split}.json.begun"):
         if (folder / name).exists():
             return json.loads((folder / name).read_text(encoding="utf-8"))

@@ -26,7 +26,7 @@ CONFIGS = HERE / "configs"
 
 @dataclass
 class Budget:
-    """What is spent on each part; None for a stage takes its config's max_steps."""
+    """Sizes and steps of each part; None takes the default, which for a stage is max_steps of its config."""
 
     split_sizes: dict[str, int] | None = None
     vision_steps: int | None = None
@@ -38,7 +38,7 @@ class Budget:
 
 
 def once(folder: Path, make: Callable[[Path], None]) -> Path:
-    """Makes a folder unless it is there; one that is there is whole."""
+    """Make a folder unless it exists. It gets its name when it is finished, so one that exists is whole."""
     if not folder.exists():
         unfinished = folder.with_name(f".{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -192,7 +192,7 @@ def write_card(folders: list[Path], figures: str) -> None:
 
 
 def python_of_the_space() -> str:
-    """How to call this Python from here: as it was called, if from a folder below."""
+    """This Python as a command: relative to the working directory if it lies below it, as .venv does."""
     python = Path(sys.executable)
     return str(python.relative_to(Path.cwd())) if python.is_relative_to(Path.cwd()) else str(python)
 

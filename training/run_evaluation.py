@@ -148,7 +148,7 @@ def predict(
 def protocol_of(
     args: EvaluationArguments, checkpoint: Checkpoint, data: EvaluationSet, candidates: list[str]
 ) -> dict[str, object]:
-    """What was pinned, as printed and stored."""
+    """The settings that the figures depend on, as printed and stored."""
     height, width = output_size(checkpoint.processor.image_processor)
     protocol = {
         "task": args.task,

@@ -57,7 +57,7 @@ def used_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[int]:
 
 
 def trimmed_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: list[int]) -> PreTrainedTokenizerFast:
-    """The same tokenizer with the pieces `kept`, renumbered in their order."""
+    """The same tokenizer with only the pieces `kept`, renumbered in order."""
     description = json.loads(tokenizer.backend_tokenizer.to_str())
     new_id = {old: new for new, old in enumerate(kept)}
     vocabulary = description["model"]["vocab"]

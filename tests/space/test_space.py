@@ -67,7 +67,7 @@ def test_what_is_no_checkpoint_is_called_what_it_is(tmp_path, loaded, monkeypatc
 
 @pytest.mark.parametrize("device", ["cudaa", "cuda:99", "meta"])
 def test_a_device_that_is_not_here_is_named(device):
-    with pytest.raises(ValueError, match=f"The device {device} is not to be had here"):
+    with pytest.raises(ValueError, match=f"The device {device} is not available here"):
         space_models.load_models([], device)
 
 

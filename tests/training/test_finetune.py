@@ -10,7 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 
 from blip2x_training import finetune
+from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.arguments.pretraining import Stage2Arguments
 from blip2x_training.data.transforms import clean_caption
+from blip2x_training.engine.tasks import prompt_template
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 from tests.helpers.tiny import image
 from tests.helpers.training_parts import disable_adapters, make_image_folder, make_language_model, make_vision_model
@@ -51,6 +54,18 @@ def tune(parts: Path, out: Path, task: str, start: str, *flags: str) -> list[dic
     given = ["--task", task, "--dataset", str(data), "--init_from", str(parts / start), "--output_dir", str(out)]
     finetune.main([*COMMON[2:], *columns, *given, "--max_steps", "2", *flags])
     return metrics(out)
+
+
+def test_evaluation_asks_as_training_did():
+    flags = ["--output_dir", "out", "--dataset", "data", "--vision_model", "tower", "--language_model", "llm"]
+
+    def templates(*more: str) -> tuple:
+        args = parse_arguments(Stage2Arguments, [*flags, *more])
+        return tuple(prompt_template(args, is_encoder_decoder) for is_encoder_decoder in (False, True))
+
+    assert templates() == ("", None)
+    assert templates("--prompt_column", "question") == ("{}", "{}")
+    assert templates("--prompt", "a photo of") == ("a photo of", "a photo of")
 
 
 def changed(before: Path, after: Path) -> set[str]:

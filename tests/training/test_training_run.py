@@ -175,7 +175,7 @@ def test_faults_are_clear_and_leave_checkpoints_alone(parts, tmp_path):
 
 
 def test_a_mistake_leaves_no_folder_and_no_earlier_run_harmed(parts, tmp_path):
-    with pytest.raises(ValueError, match="split 'test' cannot be read"):
+    with pytest.raises(ValueError, match="has no split 'test', only train, validation"):
         stage1(parts, tmp_path / "new", "--max_steps", "1", "--eval_split", "test")
     assert not (tmp_path / "new").exists()
     out = tmp_path / "out"

@@ -139,7 +139,7 @@ class CaptionDataset(ImageDataset):
         return [turns[0][1] for turns in self.turns]
 
     def use_features(self, features) -> None:
-        """Give out rows of a `features.FeatureCache` in place of images.
+        """Give out rows of a `feature_cache.FeatureCache` in place of images.
 
         Of several views each visit draws one where it draws a text too, else it takes the first.
         """

@@ -44,7 +44,7 @@ def build_optimizer(
         ],
         lr=learning_rate,
         betas=betas,
-        fused=True,  # one pass over the memory of a parameter and its state; on a CPU the loop of torch makes ten
+        fused=True,  # fused: one pass over a parameter and its state, where torch's loop makes ten on a CPU
     )
 
 
@@ -114,7 +114,7 @@ class AveragedWeights:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within, the model has the averages for its weights: to validate and to save."""
+        """Context in which the model's weights are the averages, to validate and to save."""
         trained = {name: p.detach().clone() for name, p in self.parameters.items()}
         try:
             self._put(self.averages)

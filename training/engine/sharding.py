@@ -19,7 +19,7 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def shard_on_cpu(accelerator: Accelerator) -> None:
-    """accelerate hands FSDP and DeepSpeed configs on to GPUs only, though both run over gloo too; here they go anywhere."""
+    """accelerate applies FSDP and DeepSpeed configs on GPUs only, though both run over gloo too; this applies them anywhere."""
     if accelerator.distributed_type != DistributedType.MULTI_CPU:
         return
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -34,7 +34,7 @@ def shard_on_cpu(accelerator: Accelerator) -> None:
 
 
 def set_distributed_type(accelerator: Accelerator, kind: DistributedType) -> None:
-    """In both states: that of the accelerator takes over what PartialState has whenever one is made anew."""
+    """Set in both states: AcceleratorState copies what PartialState has whenever one is created."""
     PartialState().distributed_type = accelerator.state.distributed_type = kind
 
 

@@ -72,7 +72,7 @@ def language_task(
     eval_set: CaptionDataset | JointDataset | None,
 ) -> Task:
     """The language model's loss on the text, given image and prompt. The prompt's template stays in the checkpoint."""
-    model.config.prompt_template = args.prompt  # "" is a prompt too: evaluation then asks with the image alone
+    model.config.prompt_template = prompt_template(args, model.config.is_encoder_decoder)
     if processor.qformer_tokenizer is None:
         freeze_text_branch(model)
 
@@ -83,6 +83,19 @@ def language_task(
         )
 
     return Task(language_collator(model, processor, args.max_text_length, cropped=args.augment), validate)
+
+
+def prompt_template(args: Stage2Arguments | FinetuneArguments, is_encoder_decoder: bool) -> str | None:
+    """The prompt that evaluation asks this model with by default: the one that it is trained with.
+
+    "" is a prompt too, the image alone. An encoder-decoder without a prompt reads the beginning of each text instead
+    (prefix language modelling), never the image alone, so there is none to record: None leaves the choice to evaluation.
+    """
+    if args.prompt:
+        return args.prompt
+    if args.prompt_column:
+        return "{}"
+    return None if is_encoder_decoder else ""
 
 
 def freeze_text_branch(model: Blip2xForConditionalGeneration) -> None:

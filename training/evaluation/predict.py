@@ -23,8 +23,11 @@ TOP = 5  # candidates and texts that predictions.json lists
 
 @dataclass
 class Predictions:
-    """`found` has for each sample `prediction`, maybe with `score` and `top`, or `skipped`, why there is none. `metrics`
-    are those that only the scores of all pairs tell."""
+    """What a task gives.
+
+    found: for each sample `prediction`, in some tasks with `score` and `top`; or `skipped`, why there is none.
+    metrics: figures that need the scores of all pairs, as recall does.
+    """
 
     found: list[dict]
     metrics: dict[str, float] = field(default_factory=dict)

@@ -19,7 +19,7 @@ Share = Callable[[int, int, Callable[[list[int]], list]], list]  # (count, batch
 
 
 def alone(count: int, batch_size: int, work: Callable[[list[int]], list]) -> list:
-    """All numbers on this process; `written.share_work` with an accelerator shares them."""
+    """All numbers on this process; `writing.share_work` shares them among processes."""
     return [
         result
         for start in range(0, count, batch_size)

@@ -1,4 +1,4 @@
-"""From predictions to metrics, in percent as papers give them, and a score for each sample. A skip is never a wrong number."""
+"""From predictions to metrics, in percent as papers give them, and a score for each sample. A metric that cannot be computed is left out, with a note that says why."""
 
 import re
 import warnings

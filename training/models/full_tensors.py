@@ -1,7 +1,7 @@
 """Parameters and optimiser state by name and in full, whatever sharding made of them, and back.
 
 One path for one process, DDP and FSDP2: a checkpoint of any of them continues under any other. DeepSpeed keeps the
-optimiser to itself and saves it itself (`checkpoint`).
+optimiser to itself and saves it itself (engine/checkpoint.py).
 """
 
 import torch

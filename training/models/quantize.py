@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
-# Everything but the language model; and its output layer, whose weight may be that of its embeddings.
+# Left as they are: all but the language model, and its output layer, whose weight may be tied to the embeddings.
 NOT_QUANTIZED = ["model.vision_model", "model.qformer", "language_projection", "lm_head"]
 
 

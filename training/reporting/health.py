@@ -7,7 +7,7 @@ import torch
 
 CONSTANT_LOSS, CONSTANT_ACCURACY = 0.6365, 0.667  # entropy and accuracy of "no match" at one match to two negatives
 NEAR = 0.01
-WINDOW = 50  # steps at least
+WINDOW = 50  # fewest steps to judge by: single lines are too noisy
 COLLAPSED = 0.99  # mean cosine of two queries of one image
 
 
@@ -41,7 +41,7 @@ class Watch:
                 "itm",
                 f"Step {line['step']}: ITM answers 'no match' to everything (mean loss {loss:.4f}, accuracy "
                 f"{accuracy:.3f}; the constant predictor has 0.6365 and 0.667). Hard negatives drawn by an ITC that knows "
-                "little leave it little to learn. It may get away later; --hard_negative_steps N begins with easier ones.",
+                "little leave it little to learn. It may leave that state later; --hard_negative_steps N starts with easier ones.",
             )
 
     def tell(self, kind: str, text: str) -> None:
@@ -52,7 +52,7 @@ class Watch:
 
 @contextmanager
 def query_similarity(model: torch.nn.Module) -> Iterator[dict[str, float]]:
-    """Within, the first batch that passes the Q-Former's queries fills the dict: `query_similarity`, no extra forward.
+    """Context in which the first batch that passes the Q-Former fills the dict: `query_similarity`, no extra forward.
 
     The mean cosine of two different query outputs of one image: 1 when all queries are alike.
     """

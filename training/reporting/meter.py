@@ -54,7 +54,7 @@ class Meter:
         return means
 
     def restart_clock(self) -> None:
-        """Leave what was not training out of the throughput."""
+        """Start timing anew unless a forward has been counted: what came before, as a validation, was no training."""
         self.start = time.perf_counter() if not self.forwards else self.start
 
 

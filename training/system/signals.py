@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM: the run ends after the step it is in, saved, on all processes at the same step.
 
-A launcher passes on to its processes what the terminal has sent them already, so a second signal means nothing until
-IMPATIENT seconds have gone by; then Ctrl-C ends the process at once.
+A launcher forwards signals that the terminal has sent to its processes already, so repeats are ignored for IMPATIENT
+seconds. A Ctrl-C after that ends the process at once.
 """
 
 import os

@@ -80,7 +80,7 @@ def make_model(vocabulary_size: int) -> OPTForCausalLM:
         attention = layer.self_attn
         nn.init.normal_(attention.q_proj.weight, std=WIDTH**-0.5)
         attention.k_proj.weight.data.copy_(attention.q_proj.weight)
-    # Places of one thing start alike, and so do places of one attribute: what belongs together is found sooner.
+    # Positions of one thing start alike, and so do positions of one attribute: training then pairs them sooner.
     layout, things, attributes = torch.randn(WIDTH) * std, torch.randn(2, WIDTH) * std, torch.randn(3, WIDTH) * std
     places = model.model.decoder.embed_positions
     for place in range(FACT_WORDS):

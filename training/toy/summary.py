@@ -12,7 +12,7 @@ AIMS = {
     "itc": ("retrieval R@1, ITC", 0.85, 0.70),
     "itm": ("retrieval R@1, re-ranked by ITM", 0.92, 0.88),
 }
-MARGIN = 0.15  # by which each question type is to beat the blind row
+MARGIN = 0.15  # margin by which each question type must beat the blind row
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:

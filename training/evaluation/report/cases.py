@@ -51,7 +51,7 @@ def can_be_best(record: dict, task: str) -> bool:
 
 
 def can_be_worst(record: dict, task: str) -> bool:
-    """Something has to be wrong with it; a caption that a person wrote too is none of the worst, whatever its CIDEr."""
+    """Only what is wrong can be among the worst: not a caption that a person wrote too, whatever its CIDEr."""
     return record["prediction"] not in record["references"] if task == "caption" else state(record, task) == "wrong"
 
 

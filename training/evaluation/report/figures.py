@@ -60,7 +60,7 @@ def published_figures(summary: dict) -> dict[str, dict[str, float]]:
 
 
 def sorted_notes(notes: list[str]) -> list[str]:
-    """Those on comparing with published figures first: who sees the table must not miss them."""
+    """Notes on comparing with published figures come first, so that readers of the table do not miss them."""
     return sorted(notes, key=lambda note: "comparable" not in note)
 
 

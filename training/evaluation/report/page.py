@@ -20,7 +20,7 @@ from .figures import figure_table, label, overall, published_figures, shown, sor
 
 QUERIES = 8
 PICTURE_SIDE = 320  # pixels of an embedded image
-DRAWING, BASE, HIGHEST = 600, 190, 150  # of the page's bars: their width, where they stand, the highest one
+DRAWING, BASE, HIGHEST = 600, 190, 150  # pixels of the page's bar chart: width, baseline, tallest bar
 
 
 def write_report(

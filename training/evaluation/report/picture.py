@@ -33,7 +33,7 @@ class Texts:
 
 
 class Row:
-    """Samples that stand beside one another; `height` in inches, `below` of it for the texts below the images."""
+    """A row of samples; `height` in inches, `below` of it for the texts below the images."""
 
     def __init__(self, title: str, records: list[tuple[dict, Texts]]):
         self.title, self.records = title, records
@@ -43,7 +43,7 @@ class Row:
 
 
 def inches(*texts: str) -> float:
-    """The height of texts over one another."""
+    """Total height of stacked texts."""
     return sum(0.08 + 0.17 * (text.count("\n") + 1) for text in texts if text)
 
 
@@ -146,7 +146,7 @@ def draw_scores(part, summary: dict, records: list[dict]) -> None:
     axis.bar_label(drawn, [count or "" for count in bars.counts], fontsize=8, color=SOFT)
     axis.set_title(bars.title, fontsize=10, color=INK)
     axis.set_xticks([place for place, _ in bars.ticks], [text for _, text in bars.ticks])
-    beside = max(0.1, (3 - len(bars.counts)) / 2)  # two bars are no wider than three would be
+    beside = max(0.1, (3 - len(bars.counts)) / 2)  # keeps two bars as narrow as three
     axis.set_xlim(-beside, len(bars.counts) + beside)
     axis.set_ylabel(bars.up, fontsize=9, color=SOFT)
     axis.set_xlabel("\n".join(filter(None, [bars.across, brief(bars.note, LINES, 64)])), fontsize=8.5, color=SOFT)
@@ -172,7 +172,7 @@ def clean(axis) -> None:
 
 
 def draw_row(part, row: Row, data: EvaluationSet) -> None:
-    """The heading over up to four images, each with its texts. Their places are fixed: a row of one looks as a full one."""
+    """The heading over up to four images, each with its texts. Places are fixed, so that a single image is as large as in a full row."""
     part.text(0.01, 1 - 0.12 / row.height, plain(row.title), fontsize=12, fontweight="bold", color=INK, va="center")
     for column, (record, texts) in enumerate(row.records):
         axis = part.add_axes(((column + 0.05) / COLUMNS, row.below / row.height, 0.9 / COLUMNS, PICTURE / row.height))
@@ -188,7 +188,7 @@ def draw_row(part, row: Row, data: EvaluationSet) -> None:
 
 
 def write_beside(axis, text: str, side: int, points: float, **style) -> None:
-    """Text above (1) or below (0) an image, so many points away from it."""
+    """Text above (side 1) or below (side 0) an image, `points` away from it."""
     place = {"textcoords": "offset points", "ha": "center", "va": "bottom" if side else "top"}
     axis.annotate(text, (0.5, side), (0, points if side else -points), "axes fraction", **place, **style)
 
