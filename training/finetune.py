@@ -26,11 +26,13 @@ from modeling_blip2x.configuration_blip2x import OBJECTIVES
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(FinetuneArguments, sys.argv[1:] if argv is None else argv)
+    # As in stage 1: DDP has to know that the heads of objectives left out get no gradient.
     accelerator = start_run(
         args, unused_parameters=args.task == "retrieval" and set(args.objectives) != set(OBJECTIVES)
     )
     image_processor = load_image_processor(args.init_from, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor, args.prompt)
+    # Asked before the model is built, so that repeating a finished command costs seconds.
     if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
         return
     tune = tune_retrieval if args.task == "retrieval" else tune_language

@@ -25,19 +25,21 @@ from modeling_blip2x.configuration_blip2x import OBJECTIVES
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Stage1Arguments, sys.argv[1:] if argv is None else argv)
+    # DDP waits for the gradient of every parameter, unless told that the heads of objectives left out get none.
     accelerator = start_run(args, unused_parameters=set(args.objectives) != set(OBJECTIVES))
     if args.init_from:
         read_stage1_config(args.init_from)  # before anything slow
 
     image_processor = load_image_processor(args.init_from or args.vision_model, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor)
+    # Asked before the model is built, so that repeating a finished command costs seconds.
     if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
         return
 
     if args.init_from:
         itc_loss = {} if args.itc_loss is None else {"itc_loss": args.itc_loss}
         model = Blip2xForPreTraining.from_pretrained(args.init_from, **itc_loss)
-        model.config.objectives = args.objectives
+        model.config.objectives = args.objectives  # all weights are there whatever the checkpoint was trained with
         tokenizer = AutoProcessor.from_pretrained(args.init_from).tokenizer
     else:
         name = args.qformer_tokenizer or args.qformer_init

@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 
     image_processor = load_image_processor(args.init_from or args.vision_model, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor, args.prompt)
+    # Asked before the model is built, so that repeating a finished command costs seconds.
     if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
         return
 

@@ -77,8 +77,9 @@ class Background:
                 str(seed),
             ]
             command += [word for flag, value in options.items() if value for word in (flag, str(value))]
+            # Tower and language model are made side by side: with more threads each they would share two cores.
             self.process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            atexit.register(self.process.terminate)
+            atexit.register(self.process.terminate)  # a quickstart that is stopped takes it along
 
     def wait(self) -> Path:
         if self.process is not None:
@@ -173,6 +174,7 @@ def run_quickstart(output_dir: Path, seed: int, ablations: bool = False, budget:
     print("A fresh process loads the result through AutoModelForImageTextToText and AutoProcessor:", flush=True)
     show = [sys.executable, "-m", "blip2x_training.toy.show", "--model", str(second)]
     show += ["--dataset", str(dataset), "--output_dir", str(output_dir / "shown")]
+    # A process of its own has nothing left in memory that loading could lean on.
     subprocess.run(show, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     parts = {"vision tower": tower, "language model": language_model, "stage 1": first, "stage 2": second}
     curves = {title: folder / "metrics.jsonl" for title, folder in parts.items()}

@@ -89,7 +89,7 @@ def load_data(
     args: EvaluationArguments, accelerator: Accelerator, checkpoint: Checkpoint
 ) -> tuple[EvaluationSet, list[str]]:
     """The samples, and the closed set of answers or classes where there is one."""
-    with accelerator.main_process_first():
+    with accelerator.main_process_first():  # the others then find what `datasets` has converted and cached
         rows = evaluation_rows(args.data, args.split, args.image_folder)
     data = EvaluationSet(
         rows,
@@ -103,6 +103,7 @@ def load_data(
         folder=image_start(args.data, args.image_folder),
         name=args.data,
     )
+    # Elsewhere a bad image is left out when its turn comes; here every rank depends on how many images there are.
     if args.task == "retrieval":
         drop_unreadable(accelerator, data, args.batch_size)
     if not len(data):

@@ -28,6 +28,8 @@ def parse_arguments(kind: type, argv: list[str]):
 
     Raises ValueError with one line for each wrong field.
     """
+    # Neither ends at the first mistake, since all are reported at once, nor takes prefixes of flags: one that is unique
+    # today would turn ambiguous, or mean another field, when a field is added.
     parser = HfArgumentParser(kind, exit_on_error=False, allow_abbrev=False, description=kind.__doc__)
     parser.add_argument("--config", help="YAML file with defaults for the fields below.")
     if any(flag in ("-h", "--help") for flag in argv):
@@ -43,6 +45,7 @@ def parse_arguments(kind: type, argv: list[str]):
             read_flag(parser, kind, flag, tokens, values, problems)
 
     arguments = kind(**values)
+    # A mapping comes as text from either place: HfArgumentParser knows lists, but no mappings.
     if isinstance(getattr(arguments, "qformer_config", None), str):
         try:
             arguments.qformer_config = json.loads(arguments.qformer_config)

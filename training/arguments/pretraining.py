@@ -25,6 +25,7 @@ class NewModelArguments(RunArguments):
 
     PATHS = (*RunArguments.PATHS, "init_from", "vision_model", "qformer_init")
     RANGES = {**RunArguments.RANGES, "num_query_tokens": (1, BIG)}
+    # Refused beside init_from: they would be read, have no effect, and stand in config.yaml as if they had.
     OF_NEW_MODELS = ("vision_model", "vision_feature_layer", "num_query_tokens", "qformer_init", "qformer_config")
 
     def required(self) -> list[str]:

@@ -57,6 +57,7 @@ class RunArguments(Arguments):
         None, "Pairs a process validates in one forward; null: as in training."
     )
     gradient_accumulation_steps: int = doc(1, "Forwards for one optimiser step. Adds no negatives to ITC and ITM.")
+    # Peak, warm-up, weight decay and betas are those of the paper's pre-training (section 3.4).
     learning_rate: float = doc(1e-4, "Peak learning rate.")
     min_learning_rate: float = doc(1e-5, "Learning rate at the end of the cosine.")
     warmup_steps: int = doc(2000, "Steps of linear warm-up from 1e-6.")
@@ -119,11 +120,11 @@ class RunArguments(Arguments):
         "min_learning_rate": (0, 10),
         "warmup_steps": (0, BIG),
         "weight_decay": (0, 1),
-        "adam_beta1": (0, 0.999999),
+        "adam_beta1": (0, 0.999999),  # at 1 an average would stay at its start for ever
         "adam_beta2": (0, 0.999999),
         "max_grad_norm": (0, BIG),
         "ema_decay": (0, 0.999999),
-        "seed": (0, 2**32 - 1),
+        "seed": (0, 2**32 - 1),  # what numpy takes
         "dataloader_num_workers": (0, 1024),
         "logging_steps": (1, BIG),
         "eval_steps": (1, BIG),

@@ -16,6 +16,7 @@ BEAMS = 5  # of every generation in the paper
 CAPTION_PROMPT = "a photo of"
 CLASS_PROMPT = "a photo of a"
 QUESTION_PROMPT, SHORT_QUESTION_PROMPT = "Question: {} Answer:", "Question: {} Short answer:"  # OPT, FlanT5
+# A penalty of -1 prefers short answers, as people give them (the paper, section 4.2).
 GENERATION = {  # task: length penalty, fewest and most new tokens
     "caption": (1.0, 1, 30),
     "vqa": (-1.0, 1, 10),
