@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
+from .attention_maps_blip2x import grid_of, maps_of
 from .configuration_blip2x import Blip2xConfig
 from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
 from .qformer_blip2x import KeyValues, QFormer, QueryTokens, dtype_of_inputs, in_own_dtype
@@ -118,6 +119,72 @@ class Blip2xPreTrainedModel(PreTrainedModel):
                 wrong.append(f"the Q-Former's tokenizer has {len(reader)} tokens, the Q-Former's embedding {rows} rows")
         if wrong:
             raise ValueError(f"Processor and model do not fit: {'; '.join(wrong)}. Load both from the same folder.")
+
+    @property
+    def cross_attention_layers(self) -> list[int]:
+        """Numbers of the Q-Former's layers whose queries look at the image."""
+        layers = self.shared_model.qformer.layers
+        return [number for number, layer in enumerate(layers) if layer.crossattention is not None]
+
+    @torch.no_grad()
+    def query_attention(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_embeds: torch.Tensor | None = None,
+        qformer_input_ids: torch.Tensor | None = None,
+        qformer_attention_mask: torch.Tensor | None = None,
+        layer: int | None = None,
+        head: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        """Where each query looks: its cross-attention over the image, (B, Q, rows, columns) in float32.
+
+        Rows and columns are those of the tower's grid over the image. Positions without a place (class token, registers)
+        are left out, and each map then sums to 1.
+
+        Args:
+            pixel_values: (B, 3, height, width), or vision_embeds (B, N, D) in their place.
+            qformer_input_ids, qformer_attention_mask: (B, L) text that instruction-aware queries read.
+            layer: number of a Q-Former layer, one of `cross_attention_layers`; None is their mean.
+            head: number of an attention head; None is their mean.
+            image_size: height and width of the pixels behind vision_embeds; by default the size in the tower's config.
+            interpolate_pos_encoding: for images of another size than the tower was trained on.
+
+        Raises:
+            ValueError: a layer that has no cross-attention, a head that there is not, or positions that are no grid.
+        """
+        layers, heads = self.cross_attention_layers, self.config.qformer_config.num_attention_heads
+        if layer is not None and layer not in layers:
+            raise ValueError(
+                f"layer is {layer}, but the layers that look at the image are {layers}. Choose one of them."
+            )
+        if head is not None and head not in range(heads):
+            raise ValueError(f"head is {head}, but there are {heads} heads. Choose from 0 to {heads - 1}.")
+        model, tower = self.shared_model, self.config.vision_config
+        if pixel_values is not None:
+            image_size = pixel_values.shape[-2:]
+        elif image_size is None:
+            side = getattr(tower, "image_size", None)
+            if side is None:
+                raise ValueError(
+                    f"image_size is None, and a {tower.model_type} config names none. Pass it with vision_embeds."
+                )
+            image_size = (side, side) if isinstance(side, int) else side
+        # The tower runs before, without weights of its own: nobody reads them, and eager attention would be slow.
+        vision = model.get_vision_outputs(pixel_values, vision_embeds, interpolate_pos_encoding).last_hidden_state
+        grid = grid_of(vision.shape[1], *image_size, getattr(tower, "patch_size", None))
+        out = model(
+            vision_embeds=vision,
+            qformer_input_ids=qformer_input_ids,
+            qformer_attention_mask=qformer_attention_mask,
+            output_attentions=True,
+            return_dict=True,
+        )
+        # On one device first: layers of a model that is spread over several give theirs where they are.
+        chosen = [w.float().to(vision.device) for w in out.cross_attentions]
+        weights = torch.stack(chosen).mean(0) if layer is None else chosen[layers.index(layer)]  # (B, heads, Q, N)
+        return maps_of(weights.mean(1) if head is None else weights[:, head], grid)
 
     def trainable_parameters_summary(self) -> str:
         """A table of the parts with their trainable and frozen parameter counts."""

@@ -12,11 +12,15 @@ import copy
 import os
 from collections.abc import Mapping
 
+import numpy as np
+import torch
+from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import AddedToken
 
 from .arguments_blip2x import NOT_OF_PROMPTS, TEXT_ARGUMENTS, refuse, split_arguments
+from .attention_maps_blip2x import overlay, picture_of
 from .decoding_blip2x import decode_until, id_lists, without_prompts
 from .imagelists_blip2x import list_images, open_image
 from .tokenizing_blip2x import encode_captions, encode_for_qformer, encode_prompts, images_by_text, list_texts
@@ -173,6 +177,25 @@ class Blip2xProcessor(ProcessorMixin):
         if new is given:  # an encoder-decoder's: some, as BART, start decoding from the end token
             new = [row[1:] if row[:1] == [end] else row for row in new]
         return decode_until(self.tokenizer, new, end)
+
+    def seen_picture(self, image: object, side: int = 480) -> Image.Image:
+        """An image as the model sees it: resized and cropped, its colours as they were; the longer side `side` pixels long."""
+        pixels = self._encode_images([image], False, {"return_tensors": "pt"})["pixel_values"][0]
+        return picture_of(pixels.float().cpu().numpy(), self.image_processor, side)
+
+    @staticmethod
+    def draw_attention(
+        picture: Image.Image, heat: torch.Tensor | np.ndarray, strongest: float | None = None
+    ) -> Image.Image:
+        """A map (rows, columns) of the model's `query_attention` as heat over the picture, as large as the picture.
+
+        Args:
+            picture: of `seen_picture`, whose places are those of the map.
+            heat: of one query, or a mean or weighted sum of several.
+            strongest: the value that is drawn hottest, the map's own maximum by default. Maps that are to be compared
+                need the same one.
+        """
+        return overlay(picture, heat, strongest)
 
     # transformers' processors hold and save every component of their signature. The Q-Former's tokenizer may be absent,
     # so it is kept, saved and loaded here.

@@ -17,18 +17,12 @@ from settings import Settings
 from work import StopWhenTold
 
 AVERAGE = "average"
-SHOWN_SIDE = 480  # pixels of an overlay
-# From cold to hot: colour and how much of the picture it covers. Cold places stay as they are.
-STOPS = (0.0, 0.35, 0.7, 1.0)
-COLOURS = ((30, 20, 90), (150, 30, 130), (245, 120, 40), (255, 240, 110))
-COVERS = (0.45, 0.5, 0.6, 0.75)
 
 
 def shape_of(part: Part) -> tuple[list[int], int, int]:
     """Numbers of the layers that look at the image, and how many heads and queries there are."""
-    config = part.model.config.qformer_config
-    layers = list(range(0, config.num_hidden_layers, config.cross_attention_frequency))
-    return layers, config.num_attention_heads, part.model.config.num_query_tokens
+    config = part.model.config
+    return part.model.cross_attention_layers, config.qformer_config.num_attention_heads, config.num_query_tokens
 
 
 def choice(value: str | int | None, allowed: list[int], what: str) -> int | None:
@@ -40,32 +34,24 @@ def choice(value: str | int | None, allowed: list[int], what: str) -> int | None
     return int(value)
 
 
-@torch.no_grad()
-def query_maps(part: Part, image: Image.Image, layer: int | None, head: int | None) -> torch.Tensor:
-    """(Q, rows, columns): attention of every query, each summing to 1 over the tower's positions, those of no place (class
-    token, registers) left out before. None averages."""
-    layers, _, _ = shape_of(part)
-    # From the tower's features: its own attention is not wanted, and would have to be computed the slow way.
-    features = part.model.get_image_features(vision_embeds=part.see([image]), output_attentions=True)
-    weights = torch.stack(features.qformer_outputs.cross_attentions)[:, 0].float()  # (layers, heads, Q, N)
-    weights = weights.mean(0) if layer is None else weights[layers.index(layer)]
-    weights = weights.mean(0) if head is None else weights[head]
-    rows, columns = grid_of(weights.shape[-1], *part.pixels([image]).shape[-2:])
-    places = weights[:, -rows * columns :]
-    return (places / places.sum(-1, keepdim=True).clamp(min=1e-12)).unflatten(-1, (rows, columns))
+def query_maps(
+    part: Part, image: Image.Image, layer: int | None, head: int | None, read: dict[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """(Q, rows, columns): where every query looks, each map summing to 1. None averages over layers or heads.
 
-
-def grid_of(positions: int, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a tower's positions, for an image of height x width pixels; tokens without a place come first.
+    read: the text that instruction-aware queries read, as the processor gives it.
 
     Raises:
-        Mistake: no grid of this shape has so many positions.
+        Mistake: the tower's positions are no grid over the picture.
     """
-    for places in range(positions, max(positions - 17, 0), -1):  # at most a class token and 16 registers
-        rows = round((places * height / width) ** 0.5)
-        if rows and places % rows == 0 and abs(rows / (places // rows) - height / width) < 0.5 * height / width / rows:
-            return rows, places // rows
-    raise Mistake(f"The vision tower gives {positions} positions, which are no grid over the picture.")
+    size = part.pixels([image]).shape[-2:]
+    try:
+        maps = part.model.query_attention(
+            vision_embeds=part.see([image]), layer=layer, head=head, image_size=size, **(read or {})
+        )
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+    return maps[0]
 
 
 def average_map(maps: torch.Tensor, query: int | None) -> np.ndarray:
@@ -73,26 +59,10 @@ def average_map(maps: torch.Tensor, query: int | None) -> np.ndarray:
     return (maps.mean(0) if query is None else maps[query]).cpu().numpy()
 
 
-def seen_picture(part: Part, image: Image.Image) -> Image.Image:
-    """The picture as the model sees it: resized and cropped as its image processor does."""
-    processor = part.processor.image_processor
-    pixels = part.pixels([image])[0].float().cpu().numpy()  # (3, height, width)
-    if getattr(processor, "do_normalize", False):
-        mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-        pixels = pixels * std + mean
-    shown = Image.fromarray((pixels.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0))
-    scale = SHOWN_SIDE / max(shown.size)
-    return shown.resize((round(shown.width * scale), round(shown.height * scale)), Image.Resampling.BICUBIC)
-
-
-def overlay(picture: Image.Image, heat: np.ndarray, strongest: float | None = None) -> Image.Image:
-    """The heat (rows, columns) over the picture, cold to hot from 0 to `strongest` (its maximum by default)."""
-    heat = heat / max(heat.max() if strongest is None else strongest, 1e-12)
-    smooth = Image.fromarray(heat.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)
-    values = np.asarray(smooth).clip(0, 1)
-    colour = np.stack([np.interp(values, STOPS, [c[i] for c in COLOURS]) for i in range(3)], axis=-1)
-    cover = np.interp(values, STOPS, COVERS)[..., None]
-    return Image.fromarray((np.asarray(picture) * (1 - cover) + colour * cover).round().astype(np.uint8))
+def drawn(part: Part, image: Image.Image, heats: list[np.ndarray], strongest: float | None = None) -> list[Image.Image]:
+    """Each map (rows, columns) over the picture as the model sees it."""
+    picture = part.processor.seen_picture(image)
+    return [part.processor.draw_attention(picture, heat, strongest) for heat in heats]
 
 
 def word_weights(
@@ -138,15 +108,21 @@ def words_of(tokenizer, ids: list[int], weights: torch.Tensor) -> tuple[list[str
     return names, torch.stack(means) if means else weights[:0]
 
 
+def texts_of_queries(part: Part, image: Image.Image, prompt: str) -> dict[str, torch.Tensor]:
+    """What instruction-aware queries read of the prompt; nothing for others."""
+    if not part.has_language_model:
+        return {}
+    return {name: value for name, value in prompt_inputs(part, image, prompt).items() if name.startswith("qformer_")}
+
+
 def word_overlays(
     part: Part, image: Image.Image, prompt: str, settings: Settings, layer, head, stop: threading.Event
 ) -> list[tuple[Image.Image, str]]:
     """[(overlay, word), ...] of a greedy caption. All words share one scale, so that they can be compared."""
     words, weights = word_weights(part, image, prompt, settings, stop)
-    maps = query_maps(part, image, layer, head).to(weights.device)
+    maps = query_maps(part, image, layer, head, texts_of_queries(part, image, prompt)).to(weights.device)
     heats = torch.einsum("wq,qrc->wrc", weights, maps).cpu().numpy()
     # Subtract what all words share (places that every query watches): what is left is due to the word.
     heats = (heats - heats.mean(0, keepdims=True)).clip(0) if len(words) > 1 else heats
-    picture = seen_picture(part, image)
-    strongest = heats.max() if len(words) else None
-    return [(overlay(picture, heat, strongest), word) for heat, word in zip(heats, words)]
+    strongest = float(heats.max()) if len(words) else None
+    return list(zip(drawn(part, image, list(heats), strongest), words))

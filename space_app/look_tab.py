@@ -27,7 +27,7 @@ def build(models: Models, prompt: str) -> None:
 
         def work(stop):
             heat = attention.average_map(attention.query_maps(part, picture, *where), chosen)
-            return attention.overlay(attention.seen_picture(part, picture), heat)
+            return attention.drawn(part, picture, [heat])[0]
 
         yield from cancellable(work, gr.skip())
 

@@ -9,12 +9,16 @@ import attention
 import gradio as gr
 import matching
 import models as space_models
+import numpy as np
 import pytest
 import torch
 import work
 from PIL import Image
 from settings import Settings
 
+from blip2x_training.evaluation.evaluated_model import load_checkpoint
+from blip2x_training.evaluation.report.attention import query_maps
+from blip2x_training.evaluation.report.page import heat_maps
 from tests.helpers.space_server import NEVER, TEXTS
 from tests.helpers.tiny import bert_tokenizer, llm_tokenizer
 
@@ -271,6 +275,19 @@ def test_maps_are_the_models_cross_attention(loaded, pictures, which):
 
 
 @pytest.mark.parametrize("which", ["speaker", "matcher"])
+def test_space_and_report_show_the_same(loaded, pictures, which):
+    part, picture = getattr(loaded, which), pictures[0].resize((60, 40))
+    checkpoint = load_checkpoint(part.source, "cpu")
+    in_report = dict(heat_maps({"number": 7}, {(0, 7): {"image": picture, "prompt": ""}}, checkpoint))
+    maps = attention.query_maps(part, picture, None, None)
+    assert torch.allclose(maps, torch.from_numpy(query_maps(checkpoint, {"image": picture, "prompt": ""})), atol=1e-6)
+    for name, query in (("mean of 6 queries", None), ("query 3", 3)):
+        (in_space,) = attention.drawn(part, picture, [attention.average_map(maps, query)])
+        levels = [np.asarray(drawn).astype(int) for drawn in (in_report[name], in_space)]
+        assert np.abs(levels[0] - levels[1]).max() <= 1, name
+
+
+@pytest.mark.parametrize("which", ["speaker", "matcher"])
 def test_every_word_of_a_caption_gets_a_map(loaded, pictures, which):
     part = getattr(loaded, which)
     settings = Settings(num_beams=1, max_length=6)
@@ -282,14 +299,6 @@ def test_every_word_of_a_caption_gets_a_map(loaded, pictures, which):
     assert [word for _, word in shown] == words
 
 
-@pytest.mark.parametrize(
-    "positions, height, width, grid",
-    [(36, 48, 48, (6, 6)), (257, 224, 224, (16, 16)), (261, 224, 224, (16, 16)), (49, 224, 224, (7, 7)), (28, 56, 98, (4, 7)), (5, 28, 28, (2, 2))],
-)  # fmt: skip
-def test_positions_become_a_grid(positions, height, width, grid):
-    assert attention.grid_of(positions, height, width) == grid
-
-
 def test_tokens_become_words():
     tokenizer = llm_tokenizer()
     ids = tokenizer("red circle left", add_special_tokens=False)["input_ids"]
@@ -298,10 +307,7 @@ def test_tokens_become_words():
     assert attention.words_of(bert_tokenizer(), [3], torch.ones(1, 2))[0] == []
 
 
-def test_an_overlay_is_hot_where_the_heat_is():
-    heat = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).numpy()
-    shown = attention.overlay(Image.new("RGB", (100, 100), "black"), heat)
-    assert sum(shown.getpixel((5, 5))) > 3 * sum(shown.getpixel((95, 95)))
+def test_a_layer_or_head_that_there_is_not_is_named():
     with pytest.raises(gr.Error, match="The layer is '1'"):
         attention.choice("1", [0, 2], "The layer")
     for wrong in (1.5, True, "two", [0]):

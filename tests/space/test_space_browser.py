@@ -330,7 +330,7 @@ def heat_of(part, query):
     """The first example under the heat of a query, or of all."""
     picture = open_upload(EXAMPLES[0])
     heat = attention.average_map(attention.query_maps(part, picture, None, None), query)
-    return attention.overlay(attention.seen_picture(part, picture), heat)
+    return attention.drawn(part, picture, [heat])[0]
 
 
 def test_look(visit, loaded):

@@ -106,9 +106,8 @@ def test_match_and_search(client, loaded):
 def test_attention(client, loaded):
     part, picture = loaded.speaker, open_upload(EXAMPLES[0])
     path = client.predict(handle_file(str(EXAMPLES[0])), "2", "1", 3, api_name="/attention")
-    expected = attention.overlay(
-        attention.seen_picture(part, picture), attention.average_map(attention.query_maps(part, picture, 2, 1), 3)
-    )
+    heat = attention.average_map(attention.query_maps(part, picture, 2, 1), 3)
+    expected = attention.drawn(part, picture, [heat])[0]
     assert list(Image.open(path).convert("RGB").getdata()) == list(expected.getdata())
     words = client.predict(handle_file(str(EXAMPLES[0])), max_length=5, api_name="/attention_words")
     caption = answers.caption(part, picture, "a picture of", Settings(num_beams=1, max_length=5), NEVER)[0]

@@ -13,7 +13,7 @@ from modeling_blip2x.images_blip2x import rgb_image
 from ...system.atomic_files import write_whole
 from ..evaluated_model import Checkpoint
 from ..samples import EvaluationSet
-from .attention import overlay, query_maps, seen_picture
+from .attention import query_maps
 from .bars import Bars, score_bars, type_bars
 from .cases import REFERENCES, choose_records, heading, image_label, score_text, tone, wanted
 from .figures import figure_table, label, overall, published_figures, shown, sorted_notes, title_of
@@ -133,7 +133,8 @@ def heat_maps(record: dict, data: EvaluationSet, checkpoint: Checkpoint) -> list
     maps = query_maps(checkpoint, item)
     if maps is None:
         return []
-    picture = seen_picture(checkpoint, item["image"])
+    picture = checkpoint.processor.seen_picture(item["image"])
+    draw = checkpoint.processor.draw_attention
     chosen = np.unique(np.linspace(0, len(maps) - 1, min(QUERIES, len(maps))).round().astype(int))
-    single = [(f"query {number}", overlay(picture, maps[number])) for number in chosen]
-    return [(f"mean of {len(maps)} queries", overlay(picture, maps.mean(0))), ("the image", picture), *single]
+    single = [(f"query {number}", draw(picture, maps[number])) for number in chosen]
+    return [(f"mean of {len(maps)} queries", draw(picture, maps.mean(0))), ("the image", picture), *single]
