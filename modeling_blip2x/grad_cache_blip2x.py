@@ -27,6 +27,7 @@ process, scaled like all losses here so that their mean over processes is the gr
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -34,7 +35,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from .distributed_blip2x import batch_sizes, fetch_rows, global_share, global_sum, rank
 from .losses_blip2x import image_text_similarity, itg_sum, itm_pairs, itm_sums
-from .matching_blip2x import EncodedPairs
+from .matching_blip2x import Contrast, EncodedPairs
 from .outputs_blip2x import Blip2xForPreTrainingOutput, Blip2xTextFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
 
@@ -50,8 +51,7 @@ def chunked_backward(
     vision_embeds: torch.Tensor | None = None,
     negative_seed: int | None = None,
     negative_hardness: float = 1.0,
-    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    accelerator: object | None = None,
 ) -> Blip2xForPreTrainingOutput:
     """Forward and backward of `model` with the memory of `chunk_size` pairs; returns losses and logits, detached.
 
@@ -59,8 +59,8 @@ def chunked_backward(
 
     Args:
         chunk_size: pairs encoded at a time; the last chunk may be smaller.
-        backward: called several times with a scalar; may scale it (accelerate's `backward`, a loss scaler).
-        autocast: makes the context of every forward, such as accelerate's `autocast`. Backwards run outside it.
+        accelerator: accelerate's, or what has its `autocast()`, the context of every forward, and its `backward(loss)`,
+            which is called several times and may scale. Backwards run outside the context. None: neither is needed.
 
     Raises:
         ValueError: no text, numbers of images and texts that differ, a chunk size below 1, or features with a graph,
@@ -70,89 +70,23 @@ def chunked_backward(
         raise ValueError(f"chunk_size is {chunk_size}, but must be at least 1 pair.")
     if input_ids is None:
         raise ValueError("Stage 1 needs texts: input_ids is None. Pass the output of processor(images, text).")
+    autocast = nullcontext if accelerator is None else accelerator.autocast
+    backward = torch.Tensor.backward if accelerator is None else accelerator.backward
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     vision = _tower_features(model, pixel_values, vision_embeds, chunk_size, autocast)
     model.check_rows(vision, input_ids)
     sizes = batch_sizes(len(vision), vision.device)
-    first_row = sum(sizes[: rank()])
+    batch = _Batch(model, chunk_size, vision, input_ids, attention_mask, sizes, sum(sizes[: rank()]))
     if sum(sizes) == 1:
         model.warn_of_single_pair()
-    chunks = [slice(start, start + chunk_size) for start in range(0, len(vision), chunk_size)]
-    objectives = model.config.objectives
 
-    def encode(rows: slice) -> tuple[EncodedPairs, tuple[torch.Tensor, torch.Tensor]]:
-        """A chunk, and its ITC features in float32."""
-        image = BaseModelOutput(last_hidden_state=vision[rows])
-        texts = input_ids[rows], attention_mask[rows]
-        pairs = model.encode_rows(image, *texts, sizes, first_row + rows.start, model.decoder_ids(texts[0]))
-        images, text = model.features_of(pairs)
-        return pairs, (images.float(), text.pooler_output.float())
-
-    # Features of the whole batch
-    states, features = [], []
-    for rows in chunks:
-        states.append(_random_state(vision.device))
-        with autocast():
-            features.append([feature.detach() for feature in encode(rows)[1]])
-    images, texts = (torch.cat(parts).requires_grad_() for parts in zip(*features))
-
-    # ITC, and the gradient of its features
-    means, feature_gradients = {}, ()
+    images, texts, states = _features(batch, autocast)
     with _own_parameters(model):
-        contrast = model.compare(
-            images,
-            Blip2xTextFeatures(pooler_output=texts),
-            image_ids,
-            sizes,
-            first_row,
-            similarity=lambda images, texts: _similarity_in_chunks(images, texts, chunk_size),
-        )
-        if "itc" in objectives:
-            loss_itc = model.itc_loss(contrast)
-            scales = [one for one in (model.temperature, model.itc_bias) if one is not None and one.requires_grad]
-            feature_gradients = torch.autograd.grad(loss_itc, [images, texts, *scales])
-            for scale, gradient in zip(scales, feature_gradients[2:]):
-                backward((scale * gradient).sum())
-            means["loss_itc"] = loss_itc.detach()
+        contrast = _contrast(batch, images, texts, image_ids)
+        means, gradients = _contrast_backward(model, contrast, images, texts, backward)
         temperature = model.temperature.detach()[0]
-
-    # Negatives of ITM, and the number of terms of each global mean
-    counts = {}
-    if "itm" in objectives:
-        negatives = model.draw_negatives(contrast, first_row, negative_seed, negative_hardness)
-        all_texts = model.gather_texts(input_ids, attention_mask, sizes)
-        fetch = _fetch_of(vision, negatives[0], first_row, sizes)
-        counts["loss_itm"] = global_sum(len(vision) + sum((drawn >= 0).sum() for drawn in negatives))
-        counts["itm_accuracy"] = counts["loss_itm"]
-    if "itg" in objectives:
-        counts["loss_itg"] = global_sum(attention_mask[:, 1:].sum())
-
-    def share_of(rows: slice, state: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What a chunk adds to the loss, with gradient, and its terms of the means."""
-        with _replayed(state, vision.device):
-            pairs, features = encode(rows)
-        share = sum((feature * gradient[rows]).sum() for feature, gradient in zip(features, feature_gradients))
-        terms = {}
-        if "itm" in objectives:
-            own = pairs.first_row + torch.arange(len(pairs.input_ids), device=vision.device)
-            chosen = itm_pairs(own, *(drawn[rows] for drawn in negatives))
-            logits = model.match_logits(pairs, chosen, all_texts, fetch)
-            terms["loss_itm"], terms["itm_accuracy"] = itm_sums(logits, chosen.labels)
-            share = share + global_share(terms["loss_itm"], counts["loss_itm"])
-        if "itg" in objectives:
-            terms["loss_itg"] = itg_sum(*model.text_logits(pairs))
-            share = share + global_share(terms["loss_itg"], counts["loss_itg"])
-        return share, {name: term.detach() for name, term in terms.items()}
-
-    # Each chunk again, with a graph
-    totals = dict.fromkeys(counts, 0.0)
-    for rows, state in zip(chunks, states):
-        with autocast():
-            share, terms = share_of(rows, state)
-        backward(share)
-        totals = {name: totals[name] + term for name, term in terms.items()}
-
-    means |= {name: global_sum(total) / counts[name].clamp(min=1) for name, total in totals.items()}
+    whole = _whole(batch, contrast, gradients, negative_seed, negative_hardness)
+    means |= _chunks_backward(batch, whole, states, autocast, backward)
     return Blip2xForPreTrainingOutput(
         loss=sum(mean for name, mean in means.items() if name.startswith("loss")),
         **means,
@@ -160,6 +94,147 @@ def chunked_backward(
         logits_per_image=contrast.logits_per_image.detach(),
         logits_per_text=contrast.logits_per_text.detach(),
     )
+
+
+@dataclass
+class _Batch:
+    """The pairs of this process, their images as tower features (B, N, D), encoded a chunk at a time.
+
+    sizes: pairs on each process; first_row: number of this one's first pair in the global batch.
+    """
+
+    model: Blip2xForPreTraining
+    chunk_size: int
+    vision: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    sizes: list[int]
+    first_row: int
+
+    @property
+    def chunks(self) -> list[slice]:
+        return [slice(start, start + self.chunk_size) for start in range(0, len(self.vision), self.chunk_size)]
+
+    def encode(self, rows: slice) -> tuple[EncodedPairs, tuple[torch.Tensor, torch.Tensor]]:
+        """A chunk, and its ITC features: of images (rows, Q, P), of texts (rows, P), in float32."""
+        image = BaseModelOutput(last_hidden_state=self.vision[rows])
+        texts = self.input_ids[rows], self.attention_mask[rows]
+        first_row, decoder_ids = self.first_row + rows.start, self.model.decoder_ids(texts[0])
+        pairs = self.model.encode_rows(image, *texts, self.sizes, first_row, decoder_ids)
+        images, text = self.model.features_of(pairs)
+        return pairs, (images.float(), text.pooler_output.float())
+
+
+@dataclass
+class _Whole:
+    """What a chunk must know of the whole batch to compute its share of the loss.
+
+    gradients: of ITC by the features of images (B, Q, P) and of texts (B, P); empty where ITC is no objective.
+    negatives: global numbers of an image for each text and of a text for each image, (B,) each. texts: token ids and mask
+    of the global batch. fetch: tower features of images by global number. All three None where ITM is no objective.
+    counts: how many terms each global mean has, by the name of the mean.
+    """
+
+    gradients: tuple[torch.Tensor, ...]
+    counts: dict[str, torch.Tensor]
+    negatives: tuple[torch.Tensor, torch.Tensor] | None = None
+    texts: tuple[torch.Tensor, torch.Tensor] | None = None
+    fetch: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+def _features(
+    batch: _Batch, autocast: Callable[[], AbstractContextManager]
+) -> tuple[torch.Tensor, torch.Tensor, list[list[torch.Tensor]]]:
+    """ITC features of all images and of all texts, as leaves of a new graph, and the random state before each chunk."""
+    states, features = [], []
+    for rows in batch.chunks:
+        states.append(_random_state(batch.vision.device))
+        # With a graph, dropped at once: without one kernels may differ, and the second pass would not be the first again.
+        with autocast():
+            features.append([feature.detach() for feature in batch.encode(rows)[1]])
+    images, texts = (torch.cat(parts).requires_grad_() for parts in zip(*features))
+    return images, texts, states
+
+
+def _contrast(batch: _Batch, images: torch.Tensor, texts: torch.Tensor, image_ids: torch.Tensor | None) -> Contrast:
+    def similarity(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        return _similarity_in_chunks(images, texts, batch.chunk_size)
+
+    text = Blip2xTextFeatures(pooler_output=texts)
+    return batch.model.compare(images, text, image_ids, batch.sizes, batch.first_row, similarity)
+
+
+def _contrast_backward(
+    model: Blip2xForPreTraining,
+    contrast: Contrast,
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    backward: Callable[[torch.Tensor], None],
+) -> tuple[dict[str, torch.Tensor], tuple[torch.Tensor, ...]]:
+    """The mean of ITC and its gradients by the features; temperature and bias, which no chunk sees, get theirs here."""
+    if "itc" not in model.config.objectives:
+        return {}, ()
+    loss_itc = model.itc_loss(contrast)
+    scales = [one for one in (model.temperature, model.itc_bias) if one is not None and one.requires_grad]
+    of_images, of_texts, *of_scales = torch.autograd.grad(loss_itc, [images, texts, *scales])
+    for scale, gradient in zip(scales, of_scales):
+        backward((scale * gradient).sum())  # by backward, not into .grad: it may scale the loss
+    return {"loss_itc": loss_itc.detach()}, (of_images, of_texts)
+
+
+def _whole(
+    batch: _Batch, contrast: Contrast, gradients: tuple[torch.Tensor, ...], seed: int | None, hardness: float
+) -> _Whole:
+    """Draw the negatives of ITM over the global batch, and count the terms of the means of ITM and ITG."""
+    model, whole = batch.model, _Whole(gradients, {})
+    if "itm" in model.config.objectives:
+        whole.negatives = model.draw_negatives(contrast, batch.first_row, seed, hardness)
+        whole.texts = model.gather_texts(batch.input_ids, batch.attention_mask, batch.sizes)
+        whole.fetch = _fetch_of(batch.vision, whole.negatives[0], batch.first_row, batch.sizes)
+        pairs = global_sum(len(batch.vision) + sum((drawn >= 0).sum() for drawn in whole.negatives))
+        whole.counts |= {"loss_itm": pairs, "itm_accuracy": pairs}
+    if "itg" in model.config.objectives:
+        whole.counts["loss_itg"] = global_sum(batch.attention_mask[:, 1:].sum())
+    return whole
+
+
+def _chunks_backward(
+    batch: _Batch,
+    whole: _Whole,
+    states: list[list[torch.Tensor]],
+    autocast: Callable[[], AbstractContextManager],
+    backward: Callable[[torch.Tensor], None],
+) -> dict[str, torch.Tensor]:
+    """Encode each chunk again, with a graph, and take its backward; returns the global means of ITM and ITG."""
+    totals = dict.fromkeys(whole.counts, 0.0)
+    for rows, state in zip(batch.chunks, states):
+        with autocast():
+            share, terms = _share_of(batch, whole, rows, state)
+        backward(share)
+        totals = {name: totals[name] + term for name, term in terms.items()}
+    return {name: global_sum(total) / whole.counts[name].clamp(min=1) for name, total in totals.items()}
+
+
+def _share_of(
+    batch: _Batch, whole: _Whole, rows: slice, state: list[torch.Tensor]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What a chunk adds to the loss, with gradient, and its terms of the means."""
+    model = batch.model
+    with _replayed(state, batch.vision.device):  # the same dropout as in the first pass
+        pairs, features = batch.encode(rows)
+    # The gradient of this sum by a weight is that of ITC, by the chain rule.
+    share = sum((feature * gradient[rows]).sum() for feature, gradient in zip(features, whole.gradients))
+    terms = {}
+    if "itm" in model.config.objectives:
+        own = pairs.first_row + torch.arange(len(pairs.input_ids), device=batch.vision.device)
+        chosen = itm_pairs(own, *(drawn[rows] for drawn in whole.negatives))
+        logits = model.match_logits(pairs, chosen, whole.texts, whole.fetch)
+        terms["loss_itm"], terms["itm_accuracy"] = itm_sums(logits, chosen.labels)
+        share = share + global_share(terms["loss_itm"], whole.counts["loss_itm"])
+    if "itg" in model.config.objectives:
+        terms["loss_itg"] = itg_sum(*model.text_logits(pairs))
+        share = share + global_share(terms["loss_itg"], whole.counts["loss_itg"])
+    return share, {name: term.detach() for name, term in terms.items()}
 
 
 @contextmanager

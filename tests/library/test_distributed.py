@@ -1,5 +1,8 @@
 """Two gloo processes give the losses and gradients of one process with the same global batch."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -55,9 +58,8 @@ def train_step(rank: int, stage: int | str, sizes: tuple[int, int], chunk_size: 
     if chunk_size:  # after a plain step, which must leave nothing behind in DDP
         parallel.zero_grad()
         for _ in range(2):  # accumulation: averaged once at the end
-            out = chunked_backward(
-                model, chunk_size=chunk_size, backward=lambda loss: (loss / 2).backward(), **share, **extra
-            )
+            half = SimpleNamespace(autocast=nullcontext, backward=lambda loss: (loss / 2).backward())
+            out = chunked_backward(model, chunk_size=chunk_size, accelerator=half, **share, **extra)
         average_gradients(parallel.parameters())
     return {
         "losses": {name: out[name].detach() for name in LOSSES if out.get(name) is not None},

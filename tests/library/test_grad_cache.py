@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,8 +59,15 @@ def plain(model: Blip2xForPreTraining, data: dict, autocast: Callable | None = N
     return output, gradients(model)
 
 
-def chunked(model: Blip2xForPreTraining, data: dict, chunk_size: int, **options):
-    output = chunked_backward(model, chunk_size=chunk_size, negative_seed=5, **options, **data)
+def chunked(
+    model: Blip2xForPreTraining,
+    data: dict,
+    chunk_size: int,
+    backward: Callable = torch.Tensor.backward,
+    autocast: Callable = contextlib.nullcontext,
+):
+    accelerator = SimpleNamespace(backward=backward, autocast=autocast)
+    output = chunked_backward(model, chunk_size=chunk_size, negative_seed=5, accelerator=accelerator, **data)
     return output, gradients(model)
 
 

@@ -25,11 +25,7 @@ def chunked_step(chunk_size: int) -> Callable:
                 "its own forward and backward can gather it. Launch with plain data parallelism, or drop the field."
             )
         outputs = chunked_backward(
-            accelerator.unwrap_model(model),
-            chunk_size=chunk_size,
-            backward=accelerator.backward,
-            autocast=accelerator.autocast,
-            **inputs,
+            accelerator.unwrap_model(model), chunk_size=chunk_size, accelerator=accelerator, **inputs
         )
         if accelerator.sync_gradients:
             average_gradients(model.parameters())
