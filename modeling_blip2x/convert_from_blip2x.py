@@ -86,10 +86,10 @@ def import_lavis(
         table = mmpretrain_names(retrieval=is_stage1)
         found = {n: w for n, w in found.items() if not n.startswith("data_preprocessor.")}
     else:
-        kind = _language_model_of(found)
+        kind = language_model_of(found)
         is_stage1 = kind is None
         table = lavis_names(kind)
-    weights = rename(_without_copies(found, prefix, str(path)), table, str(path))
+    weights = rename(without_copies(found, prefix, str(path)), table, str(path))
 
     overrides = {
         k: v for k, v in (overrides or {}).items() if k not in ("model_type", "architectures", "transformers_version")
@@ -136,18 +136,7 @@ def import_lavis(
     return Checkpoint(Blip2xForPreTraining if is_stage1 else Blip2xForConditionalGeneration, config, weights, notes)
 
 
-def map_lavis_state_dict(official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of the official BLIP-2 (stage 1, or stage 2 with OPT, T5 or Vicuna) under our names.
-
-    Raises ValueError for names without a counterpart, all of them listed, or copies that differ from their original.
-    """
-    found = {name: Weight.of(tensor) for name, tensor in official.items()}
-    source = "the checkpoint"
-    weights = rename(_without_copies(found, "Qformer.", source), lavis_names(_language_model_of(found)), source)
-    return {name: weight.read() for name, weight in weights.items()}
-
-
-def _language_model_of(found: dict) -> str | None:
+def language_model_of(found: dict) -> str | None:
     """How the official names of the language model begin; None in stage 1."""
     return next((kind for kind in ("opt", "t5", "llm") if f"{kind}_proj.weight" in found), None)
 
@@ -201,7 +190,7 @@ def check_complete(checkpoint: Checkpoint, source: str) -> None:
         )
 
 
-def _without_copies(found: dict[str, Weight], prefix: str, source: str) -> dict[str, Weight]:
+def without_copies(found: dict[str, Weight], prefix: str, source: str) -> dict[str, Weight]:
     """Drop second names of one parameter, after comparing them, and join the tower's query and value biases."""
     kept = {}
     for name, weight in found.items():

@@ -20,11 +20,11 @@ from .assembling_blip2x import build_generative, hand_over
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .image_prompt_blip2x import ImagePrompting
 from .language_blip2x import (
+    IGNORE,
     LanguageBackbone,
     LanguageModelSignature,
     language_modelling_loss,
     longer_cache,
-    positions_of,
     warn_of_float16,
 )
 from .modeling_blip2x import Blip2xModel, Blip2xPreTrainedModel
@@ -223,13 +223,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             output_hidden_states,
         )
         cache = longer_cache(cache, past_key_values)
-        options = {
-            self.signature.cache: cache,
-            "use_cache": use_cache,
-            "output_attentions": output_attentions,
-            "output_hidden_states": output_hidden_states,
-        }
-        options = self.signature.others(others) | {name: value for name, value in options.items() if value is not None}
+        options = self._language_options(others, cache, use_cache, output_attentions, output_hidden_states)
         if encoder_outputs is None:
             inputs_embeds, attention_mask = self.embed_prompt(input_ids, inputs_embeds, attention_mask, image, cache)
         if labels is not None:
@@ -237,20 +231,34 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         if self.config.is_encoder_decoder:
             of_decoders = {"position_ids": position_ids, "shift_labels": shift_labels}
             self.signature.refuse(name for name, value in of_decoders.items() if value is not None)
-            out, loss = self._encode_and_decode(
-                inputs_embeds,
-                attention_mask,
-                encoder_outputs,
-                decoder_input_ids,
-                decoder_attention_mask,
-                labels,
-                options,
-            )
+            prompt = inputs_embeds, attention_mask, encoder_outputs
+            out, loss = self._encode_and_decode(*prompt, decoder_input_ids, decoder_attention_mask, labels, options)
         else:
-            if position_ids is None and (attention_mask is None or attention_mask.ndim == 2):
-                position_ids = positions_of(attention_mask, inputs_embeds, cache)
-            options |= self.signature.chosen(position_ids=position_ids)
+            options |= self.signature.positions(position_ids, attention_mask, inputs_embeds, cache)
             out, loss = self._decode(inputs_embeds, attention_mask, labels, shift_labels, logits_to_keep, options)
+        return self._output_of(out, loss, image)
+
+    def _language_options(
+        self,
+        others: dict[str, object],
+        cache: object | None,
+        use_cache: bool | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | list[int] | None,
+    ) -> dict[str, object]:
+        """Arguments of the language model's forward besides its inputs; None is left to its own config."""
+        options = {
+            self.signature.cache: cache,
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+        }
+        return self.signature.others(others) | {name: value for name, value in options.items() if value is not None}
+
+    @staticmethod
+    def _output_of(
+        out: ModelOutput, loss: torch.Tensor | None, image: Blip2xImageFeatures | None
+    ) -> Blip2xForConditionalGenerationOutput:
         queries = None if image is None else image.qformer_outputs
         return Blip2xForConditionalGenerationOutput(
             **{name: out.get(name) for name in _LANGUAGE_OUTPUTS},
@@ -294,10 +302,10 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
 
     def _without_placeholders(self, labels: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
         """Labels in which no place of an image is supervised: the model reads features there, and never writes them."""
-        labels = labels.masked_fill(labels == self.config.image_token_index, -100)
+        labels = labels.masked_fill(labels == self.config.image_token_index, IGNORE)
         if input_ids is None or self.config.is_encoder_decoder:
             return labels
-        return labels.masked_fill(input_ids == self.config.image_token_index, -100)
+        return labels.masked_fill(input_ids == self.config.image_token_index, IGNORE)
 
     def _decode(
         self,
@@ -314,7 +322,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             targets = labels[:, 1:]
             if self.training and "logits_to_keep" in self.signature.names:
                 # The head is the widest layer, and most positions are of the image: no logits that no label needs.
-                logits_to_keep = (targets != -100).any(dim=0).nonzero()[:, 0]
+                logits_to_keep = (targets != IGNORE).any(dim=0).nonzero()[:, 0]
                 targets = targets[:, logits_to_keep]
                 options["logits_to_keep"] = logits_to_keep
         elif targets is None:
@@ -388,9 +396,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             raise ValueError("base_model reads a prompt alone; call an encoder-decoder model's forward with labels.")
         image = self._image_features(None, pixel_values, vision_embeds, qformer_input_ids, qformer_attention_mask)
         embeds, mask = self.embed_prompt(input_ids, inputs_embeds, attention_mask, image)
-        if position_ids is None:
-            position_ids = positions_of(mask, embeds, None)
-        options = self.signature.others(others) | self.signature.chosen(position_ids=position_ids)
+        options = self.signature.others(others) | self.signature.positions(position_ids, mask, embeds, None)
         return self.language_model.base_model(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **options)
 
     def _get_name(self) -> str:

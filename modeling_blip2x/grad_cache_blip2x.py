@@ -315,6 +315,3 @@ def _replayed(state: list[torch.Tensor], device: torch.device):
         if device.type == "cuda":
             torch.cuda.set_rng_state(state[1], device)
         yield
-
-
-__all__ = ["chunked_backward"]

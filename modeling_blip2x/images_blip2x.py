@@ -196,6 +196,3 @@ def _to_levels(values: np.ndarray, what: str) -> np.ndarray:
     if high <= 255:
         return values.astype(np.uint8)
     return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-__all__ = ["open_picture", "orientation_of", "rgb_image", "why_unreadable"]

@@ -25,6 +25,7 @@ from transformers.utils import logging
 from .distributed_blip2x import global_mean
 
 logger = logging.get_logger(__name__)
+IGNORE = -100  # label of a token that no loss counts, as in torch and transformers
 
 # Name of the cache in outputs and in generate: past_key_values, and from transformers 5.24 on cache.
 CACHE = next(field.name for field in fields(Seq2SeqLMOutput) if field.name in ("cache", "past_key_values"))
@@ -78,6 +79,19 @@ class LanguageModelSignature:
     def chosen(self, **arguments: object) -> dict:
         """Those arguments that are set and that the model has a name for."""
         return {name: value for name, value in arguments.items() if value is not None and name in self.names}
+
+    def positions(
+        self,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        cache: object | None,
+    ) -> dict[str, torch.Tensor]:
+        """position_ids if the model takes them: as given, else counted from mask and cache."""
+        # A mask of four dimensions is a layout of the caller's own, from which nothing can be counted.
+        if position_ids is None and (attention_mask is None or attention_mask.ndim == 2):
+            position_ids = positions_of(attention_mask, inputs_embeds, cache)
+        return self.chosen(position_ids=position_ids)
 
     def others(self, arguments: dict) -> dict:
         """Of keywords that a caller passed besides those of `Blip2xForConditionalGeneration.forward`, those to hand on.
@@ -138,6 +152,6 @@ def language_modelling_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch
     While training on several processes it is the mean over the global batch; in evaluation over this process's rows,
     since processes need not evaluate in step.
     """
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-    count = (labels != -100).sum()
+    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    count = (labels != IGNORE).sum()
     return global_mean(total, count) if torch.is_grad_enabled() else total / count.clamp(min=1)

@@ -243,6 +243,3 @@ class Blip2xMatchingModel(Blip2xImageTextModel):
             for here, there in zip(pairs.image_key_values, fetched)
         )
         return select_images(both, index)
-
-
-__all__ = ["Blip2xMatchingModel", "Contrast", "EncodedPairs"]

@@ -120,14 +120,3 @@ class Blip2xForConditionalGenerationOutput(Seq2SeqLMOutput):
     attentions: Tensors | None = None
     vision_outputs: BaseModelOutput | None = None
     qformer_outputs: Blip2xModelOutput | None = None
-
-
-__all__ = [
-    "Blip2xForConditionalGenerationOutput",
-    "Blip2xForPreTrainingOutput",
-    "Blip2xImageFeatures",
-    "Blip2xModelOutput",
-    "Blip2xMultimodalFeatures",
-    "Blip2xRetrievalOutput",
-    "Blip2xTextFeatures",
-]

@@ -8,13 +8,11 @@ Per batch: the image's keys and values once, one sequence of queries (ITC and IT
 the pairs of ITM, whose images are indexed, not encoded again.
 """
 
-import warnings
-
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .assembling_blip2x import build_pretraining
 from .configuration_blip2x import Blip2xQFormerConfig
@@ -24,11 +22,11 @@ from .matching_blip2x import Blip2xMatchingModel, EncodedPairs
 from .outputs_blip2x import Blip2xForPreTrainingOutput
 from .qformer_blip2x import QFormer
 
+logger = logging.get_logger(__name__)
+
 
 class Blip2xForPreTraining(Blip2xMatchingModel):
     """Stage-1 model. `config.objectives` names what is trained; the paper trains all three."""
-
-    _warned_of_single_pair = False
 
     @classmethod
     def from_unimodal(
@@ -175,13 +173,12 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
             **generation_arguments,
         )
 
+    @torch.compiler.disable
     def warn_of_single_pair(self) -> None:
-        if self.training and not Blip2xForPreTraining._warned_of_single_pair:
-            Blip2xForPreTraining._warned_of_single_pair = True
-            warnings.warn(
+        if self.training:
+            logger.warning_once(
                 "The global batch is a single pair: ITC has nothing to contrast and ITM no negative, so ITM counts the "
-                "positive only. Raise per_device_train_batch_size.",
-                stacklevel=3,
+                "positive only. Raise per_device_train_batch_size."
             )
 
 

@@ -7,9 +7,22 @@ import torch
 from safetensors.torch import load_file
 
 from modeling_blip2x import Blip2xConfig, Blip2xForConditionalGeneration, Blip2xForPreTraining
-from modeling_blip2x.convert_from_blip2x import map_lavis_state_dict
+from modeling_blip2x.convert_from_blip2x import language_model_of, rename, without_copies
+from modeling_blip2x.tensor_names_blip2x import lavis_names
+from modeling_blip2x.weight_files_blip2x import Weight
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "golden"
+
+
+def map_lavis_state_dict(official: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """State dict of the official BLIP-2 (stage 1, or stage 2 with OPT, T5 or Vicuna) under our names.
+
+    Raises ValueError for names without a counterpart, all of them listed, or copies that differ from their original.
+    """
+    found = {name: Weight.of(tensor) for name, tensor in official.items()}
+    source = "the checkpoint"
+    weights = rename(without_copies(found, "Qformer.", source), lavis_names(language_model_of(found)), source)
+    return {name: weight.read() for name, weight in weights.items()}
 
 
 class Golden:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from modeling_blip2x.convert_from_blip2x import map_lavis_state_dict
-from tests.helpers.golden import Golden, stage1_model, stage1_outputs, stage2_inputs, stage2_model
+from tests.helpers.golden import Golden, map_lavis_state_dict, stage1_model, stage1_outputs, stage2_inputs, stage2_model
 
 STAGE2 = ("stage2_opt", "stage2_t5")
 

@@ -1,11 +1,10 @@
 """Stage 1 as a whole: what is trained, what stays, and that it learns."""
 
-import warnings
-
 import pytest
 import torch
+from transformers.utils import logging as transformers_logging
 
-from modeling_blip2x import Blip2xForImageTextRetrieval, Blip2xForPreTraining, imagetext_blip2x
+from modeling_blip2x import Blip2xForImageTextRetrieval, imagetext_blip2x, pretraining_blip2x
 from tests.helpers.tiny import QUERIES, TOWERS, batch, stage1
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
@@ -112,14 +111,13 @@ def test_negative_seed_fixes_the_negatives():
     assert losses[0] == losses[1] and len(set(losses)) > 1
 
 
-def test_single_pair_is_defined_and_warned_of():
+def test_single_pair_is_defined_and_warned_of_once(caplog):
     model = stage1().train()
-    Blip2xForPreTraining._warned_of_single_pair = False
-    with pytest.warns(UserWarning, match="single pair"):
-        out = model(**batch(rows=1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(**batch(rows=1))  # once is enough
+    transformers_logging.enable_propagation()
+    pretraining_blip2x.logger.warning_once.cache_clear()
+    out = model(**batch(rows=1))
+    model(**batch(rows=1))
+    assert caplog.text.count("The global batch is a single pair") == 1
     assert all(torch.isfinite(out[name]) for name in LOSSES)
     assert out.logits_per_image.shape == (1, 1) and out.itm_accuracy in (0.0, 1.0)
 

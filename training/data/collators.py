@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor
-
-IGNORE = -100  # label that no loss counts
+from modeling_blip2x.language_blip2x import IGNORE
 
 
 def collate_images(items: list[dict], image_processor: Any, cropped: bool) -> dict[str, torch.Tensor]:

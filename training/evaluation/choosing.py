@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
+from modeling_blip2x.language_blip2x import IGNORE
 from modeling_blip2x.outputs_blip2x import Blip2xImageFeatures
 
 from ..data.collators import (
-    IGNORE,
     CausalLMCollator,
     Seq2SeqLMCollator,
     collate_images,

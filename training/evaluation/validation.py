@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 
 from modeling_blip2x import Blip2xProcessor
+from modeling_blip2x.language_blip2x import IGNORE
 
 from ..data.caption_dataset import CaptionDataset, make_loader
 from ..data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
@@ -110,7 +111,7 @@ def token_accuracy(
         labels, logits = batch["labels"], outputs.logits
         if logits.shape[1] != labels.shape[1] or not accelerator.unwrap_model(model).config.is_encoder_decoder:
             labels, logits = labels[:, 1:], logits[:, -labels.shape[1] : -1]  # decoder-only: predict the next token
-        counted = labels != -100
+        counted = labels != IGNORE
         correct = ((logits.argmax(-1) == labels) & counted).sum()
         tokens = counted.sum()
         totals += torch.stack(

@@ -22,6 +22,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from modeling_blip2x.language_blip2x import IGNORE
+
 from .scenes import ALL_PAIRS, CAPTION_PROMPT, QUESTION_PROMPT, Scene, ask, draw_scene
 
 FACT_WORDS = 8
@@ -29,7 +31,6 @@ WIDTH, LAYERS, HEADS = 64, 3, 4
 SCENES = 8000
 STEPS, BATCH_SIZE, LEARNING_RATE = 1400, 128, 3e-3
 STREAM = 12  # keeps the scenes apart from those of the splits
-IGNORE = -100
 
 
 def facts(scene: Scene) -> str:
