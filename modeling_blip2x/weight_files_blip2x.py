@@ -1,7 +1,7 @@
 """Weight files, read and written tensor by tensor: a conversion holds no second copy of a checkpoint in memory.
 
-safetensors writes a file only from tensors that are all in memory, hence `write_safetensors` here; the format is eight
-bytes of length, a JSON header and the tensors' bytes.
+safetensors can only write tensors that are all in memory, hence `write_safetensors` here. The format is eight bytes of
+length, a JSON header and the tensors' bytes.
 """
 
 import json
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 SHARD_BYTES = 5 * 10**9
@@ -96,10 +97,8 @@ def _read_pickle(path: Path) -> dict[str, Weight]:
     except (RuntimeError, EOFError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is not a whole torch file: {reason}. Copy or download it again.") from None
-    for key in (
-        "model",
-        "state_dict",
-    ):  # LAVIS keeps the optimiser and the epoch beside `model`, mmpretrain `state_dict`
+    # LAVIS keeps the optimiser and the epoch beside `model`, mmpretrain beside `state_dict`.
+    for key in ("model", "state_dict"):
         if isinstance(content.get(key), dict):
             content = content[key]
     others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
@@ -112,29 +111,21 @@ def _read_pickle(path: Path) -> dict[str, Weight]:
 
 def write_folder(folder: Path, weights: dict[str, Weight], shard_bytes: int = SHARD_BYTES) -> None:
     """Write model.safetensors, or shards of at most `shard_bytes` with their index, as transformers reads them."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, weight in weights.items():
-        if shards[-1] and size + weight.bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += weight.bytes
-    if len(shards) == 1:
-        write_safetensors(folder / "model.safetensors", weights)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    split = split_state_dict_into_shards_factory(
+        weights,
+        get_storage_size=lambda weight: weight.bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    for file, names in split.filename_to_tensors.items():
         write_safetensors(folder / file, {name: weights[name] for name in names})
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(weight.bytes for weight in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def write_safetensors(path: Path, weights: dict[str, Weight]) -> None:
-    """Write one file, holding one tensor at a time. It appears under its name when it is whole."""
+    """Write one file, holding one tensor at a time. A file that breaks off never gets its name."""
     names_of = {dtype: name for name, dtype in DTYPES.items()}
     # Wider types first, as safetensors itself orders them: every tensor then begins at a multiple of its item size.
     order = sorted(weights, key=lambda name: (-weights[name].dtype.itemsize, name))

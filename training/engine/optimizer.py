@@ -100,6 +100,9 @@ class AveragedWeights:
     The decay of update n is min(decay, (1 + n) / (10 + n)): the first steps, far from the end, are forgotten soon.
     """
 
+    # Not torch's AveragedModel: it copies the whole model, the frozen tower and language model too, averages in the
+    # parameters' own dtype, where bfloat16 rounds small updates away, and its EMA has a constant decay.
+
     def __init__(self, model: torch.nn.Module, decay: float):
         self.decay, self.updates = decay, 0
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

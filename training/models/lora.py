@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
 from modeling_blip2x import Blip2xProcessor
-from modeling_blip2x.lora_blip2x import lora_targets
+from modeling_blip2x.lora_blip2x import lora_config
 
 
-def add_lora(model: torch.nn.Module, preset: str, rank: int = 8, alpha: int = 16, dropout: float = 0.05) -> None:
+def add_lora(model: torch.nn.Module, preset: str) -> None:
     """Put a trainable adapter on a part. What was trainable before stays so, but for the layers that got one."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    targets = lora_targets(model, preset)
+    config = lora_config(model, preset)
+    config.modules_to_save = None  # the model itself holds and saves what else is trained
     # By peft itself: model.add_adapter of transformers 5.24 wants a peft newer than the newest there is, 0.21.
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
     config.base_model_name_or_path = model.name_or_path or None
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
@@ -39,6 +39,7 @@ def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
 
 def remove_lora(model: torch.nn.Module) -> None:
     """Make the model what it was before `add_lora`: adapters are dropped, the layers below them stay as they are."""
+    # peft's own unload() is a method of the wrapper PeftModel, and an injected adapter has no wrapper.
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     del model.peft_config
     for name, layer in layers.items():
