@@ -61,9 +61,8 @@ def run(device: str) -> list[Row]:
             }
             calls = {"ours": partial(ours.generate, **options), "theirs": partial(theirs.generate, **options)}
             equal = torch.equal(calls["ours"](), calls["theirs"]())
-            seconds = alternating_seconds(
-                calls, device, repeats=5 if batch == 1 else 3, warmup=0
-            )  # equal has warmed up
+            # No warm-up: both have just run to be compared.
+            seconds = alternating_seconds(calls, device, repeats=5 if batch == 1 else 3, warmup=0)
             case = (
                 f"batch {batch}, {'greedy' if beams == 1 else f'{beams} beams'}, ids {'equal' if equal else 'DIFFER'}"
             )

@@ -198,9 +198,8 @@ def flops(stage: int, pairs: int) -> float:
     """Two operations a parameter and token forward, four backward (two where nothing below trains)."""
     tower = 2 * TOWER * 257 * pairs
     block = 85e6  # BERT-base without embeddings, one feed-forward
-    keys = (
-        2 * 12 / 2 * 2 * 1408 * 768 * 257 * pairs * 2.0
-    )  # of the image, in every other layer; forward + weight gradient
+    # Of the image, in every other layer; forward and gradient of the weights.
+    keys = 2 * 12 / 2 * 2 * 1408 * 768 * 257 * pairs * 2.0
     if stage == 1:
         tokens = 32 + 32 + 3 * 64 + 32  # queries, text alone, three pairs of ITM, text of ITG
         return tower + 6 * block * tokens * pairs + keys

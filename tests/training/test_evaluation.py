@@ -176,7 +176,8 @@ def test_prompts_by_language_model_and_checkpoint(parts, tmp_path):
     own = make_stage2(tmp_path / "own", prompt_template="{} ?")
     assert evaluate(tmp_path / "out1", model=own, **fields)[0]["protocol"]["prompt"] == "'{} ?'"
     protocol = captions(parts, tmp_path / "out2", model=own)[0]["protocol"]
-    assert (protocol["prompt"], protocol["prompt_from"]) == ("'a photo of'", "the paper's")  # {} fits no caption
+    # A template with {} is of questions and fits no caption.
+    assert (protocol["prompt"], protocol["prompt_from"]) == ("'a photo of'", "the paper's")
 
 
 def test_a_model_trained_without_a_prompt_is_asked_without_one(parts, tmp_path, capsys):

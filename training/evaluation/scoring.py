@@ -41,9 +41,8 @@ def score_captions(records: list[dict], java: bool, notes: list[str]) -> dict[st
             if len(part) == 1:
                 scores.pop("CIDEr")
             figures |= {f"{name}{ending}": value for name, value in scores.items()}
-    own = [
-        warning for warning in caught if issubclass(warning.category, UserWarning)
-    ]  # not those of garbage collection
+    # User warnings alone: files that garbage collection closes give warnings too.
+    own = [warning for warning in caught if issubclass(warning.category, UserWarning)]
     notes += dict.fromkeys(str(warning.message) for warning in own)
     if len(records) > 1:
         texts, references = [record["prediction"] for record in records], [record["references"] for record in records]

@@ -13,10 +13,8 @@ def answer_accuracy(prediction: str, answers: list[str]) -> float:
     if len(set(answers)) > 1:
         prediction, answers = normalize_answer(prediction), [normalize_answer(answer) for answer in answers]
     agreeing = answers.count(prediction)
-    of_agreeing, of_others = (
-        min(1, (agreeing - 1) / 3),
-        min(1, agreeing / 3),
-    )  # with the person left out being one or not
+    # Where the person left out is one of those who agree, one fewer agrees.
+    of_agreeing, of_others = min(1, (agreeing - 1) / 3), min(1, agreeing / 3)
     return (agreeing * of_agreeing + (len(answers) - agreeing) * of_others) / len(answers)
 
 

@@ -56,18 +56,15 @@ class WordNet:
         self.distances = functools.lru_cache(maxsize=1 << 16)(self.distances)
         self.wup_similarity = functools.lru_cache(maxsize=1 << 18)(self.wup_similarity)
         for line in database_lines(folder / "index.noun"):
-            fields = (
-                line.split()
-            )  # word, pos, synset count, pointer count, pointers, sense count, tagged count, offsets
+            # word, pos, synset count, pointer count, pointers, sense count, tagged count, offsets
+            fields = line.split()
             self.synsets_of[fields[0]] = fields[-int(fields[2]) :]
         for line in database_lines(folder / "data.noun"):
-            fields = line.partition(" | ")[
-                0
-            ].split()  # offset, file, pos, word count (hex), words, pointer count, pointers
+            # offset, file, pos, word count (hex), words, pointer count, pointers
+            fields = line.partition(" | ")[0].split()
             end_of_words = 4 + 2 * int(fields[3], 16)
-            pointers = zip(
-                *(fields[end_of_words + 1 + part :: 4] for part in range(4))
-            )  # symbol, offset, pos, which words
+            # symbol, offset, pos, which words
+            pointers = zip(*(fields[end_of_words + 1 + part :: 4] for part in range(4)))
             self.hypernyms[fields[0]] = [offset for symbol, offset, _, _ in pointers if symbol in ("@", "@i")]
             self.first_word[fields[0]] = fields[4].lower()
         for line in database_lines(folder / "noun.exc"):
