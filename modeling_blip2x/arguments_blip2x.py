@@ -1,4 +1,4 @@
-"""The keyword arguments of a processor's call: which are the text's, which the images', and what is refused by name.
+"""The keyword arguments of a processor's call: which go to the text, which to the images, and which are refused.
 
 transformers warns of an unknown argument and goes on without it; here it is an error.
 """
@@ -27,7 +27,7 @@ TEXT_ARGUMENTS = {
 
 
 def split_arguments(given: dict, of_images: set[str]) -> tuple[dict, dict]:
-    """Arguments of the text and of the images, those of both in both; an argument that is None is not given.
+    """Split arguments into the text's and the images'; what both know goes to both, and None counts as not given.
 
     Args:
         given: by name, or in groups: text_kwargs, images_kwargs, and common_kwargs for both.

@@ -1,6 +1,6 @@
 """Models from parts: a vision tower, a BERT checkpoint or fresh Q-Former, a language model, and the hand-over of stage 1.
 
-Weights are checked as they move: shapes must fit, every tensor is either taken, dropped by name or new by name.
+Weights are checked as they move: shapes must fit, and every tensor is taken or reported as dropped or new.
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def load_vision_model(vision_model: str | nn.Module) -> nn.Module:
         tower, report = Blip2VisionModel.from_pretrained(vision_model, key_mapping={r"^vision_model\.": ""}, **options)
     else:
         tower, report = AutoModel.from_pretrained(vision_model, **options)
-    # transformers fills what a checkpoint lacks with random numbers. Only a pooling head, which is not used, may be.
+    # transformers fills what a checkpoint lacks with random numbers. Only a pooling head, which is unused, may be missing.
     missing = [name for name in report["missing_keys"] if "pooler" not in name and "head" not in name]
     if missing:
         raise ValueError(

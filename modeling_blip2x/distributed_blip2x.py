@@ -68,6 +68,7 @@ def global_mean(local_sum: torch.Tensor, local_count: torch.Tensor | int) -> tor
         return global_share(local_sum, count)
     total, total_count = global_sum(torch.stack([local_sum.detach(), count]))
     share = global_share(local_sum, total_count)
+    # The value of the global mean with the gradient of this rank's share.
     return share + (total / total_count.clamp(min=1) - share.detach())
 
 
@@ -80,7 +81,7 @@ def global_sum(local: torch.Tensor) -> torch.Tensor:
 
 
 def global_share(local_sum: torch.Tensor, global_count: torch.Tensor) -> torch.Tensor:
-    """What this rank's sum, or a part of it, adds to a global mean, times world_size: its gradient is for DDP's mean."""
+    """This rank's sum, or a part of it, as a share of a global mean, times world_size: DDP's mean divides by that again."""
     return local_sum * world_size() / global_count.clamp(min=1)
 
 
@@ -102,7 +103,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         ctx.sizes = sizes
-        longest = max(sizes)
+        longest = max(sizes)  # all_gather wants equal shapes: shorter ranks send padding, which is cut off on arrival
         padded = rows.new_zeros(longest, *rows.shape[1:])
         padded[: len(rows)] = rows
         received = [torch.empty_like(padded) for _ in sizes]
@@ -111,6 +112,7 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # Every rank's loss depends on the rows of all ranks: a row's gradient is the sum over ranks.
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         start = sum(ctx.sizes[: rank()])
@@ -122,7 +124,7 @@ class _FetchRows(torch.autograd.Function):
     def forward(ctx, rows: torch.Tensor, index: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         starts = torch.tensor([0, *sizes]).cumsum(0)
         owner = torch.bucketize(index.cpu(), starts[1:], right=True)
-        order = owner.argsort(stable=True)
+        order = owner.argsort(stable=True)  # all_to_all sends in the order of ranks; undone on arrival
         wanted = torch.bincount(owner, minlength=len(sizes))  # rows this rank asks of each rank
         asked = _exchange_counts(wanted, rows.device)  # rows each rank asks of this one
         numbers = _all_to_all(index[order.to(index.device)], asked, wanted.tolist())
@@ -137,6 +139,7 @@ class _FetchRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         local, order = ctx.saved_tensors
+        # index_add_, not assignment: several ranks may have asked for the same row.
         returned = _all_to_all(gradient[order.to(gradient.device)], ctx.asked, ctx.wanted)
         return gradient.new_zeros(ctx.shape).index_add_(0, local, returned), None, None
 

@@ -51,6 +51,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         self.language_model = auto_class.from_config(config.text_config) if language_model is None else language_model
         width = self.language_model.get_input_embeddings().weight.shape[1]
+        # Here and not in the Q-Former: stage 1 trains without it, and each language model gets its own.
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, width)
         self.signature = LanguageModelSignature(self.language_model)
         self.post_init()
@@ -319,7 +320,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         """Output and loss of a decoder-only language model."""
         targets = shift_labels
         if targets is None and labels is not None:
-            targets = labels[:, 1:]
+            targets = labels[:, 1:]  # a position's logits predict the next token
             if self.training and "logits_to_keep" in self.signature.names:
                 # The head is the widest layer, and most positions are of the image: no logits that no label needs.
                 logits_to_keep = (targets != IGNORE).any(dim=0).nonzero()[:, 0]

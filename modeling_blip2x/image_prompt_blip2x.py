@@ -174,8 +174,11 @@ class ImagePrompting:
         )
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, mm_encoder_outputs=None, **kwargs) -> dict:
-        """As in transformers, which looks for the names `inputs_embeds` and `kwargs` here, and with the image in the first
-        step: an assistant's is not a first iteration to transformers, which drops what it prefills with."""
+        """As in transformers, and with the image in the first step, which has no cache yet.
+
+        transformers drops the image again where it sees no first iteration, and to it an assistant's first step is none.
+        It also looks for the parameter names `inputs_embeds` and `kwargs` in this signature.
+        """
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, mm_encoder_outputs=mm_encoder_outputs, **kwargs
         )
@@ -222,8 +225,10 @@ class ImagePrompting:
         """Prefill one row per prompt; its beams, or return sequences, get copies of the cache."""
         copies = max(generation_config.num_beams, generation_config.num_return_sequences)
         cache = model_kwargs.get(CACHE)
-        is_fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0  # not made for all rows, nor begun
-        is_whole = generation_config.prefill_chunk_size is None and input_ids.shape[1] > 0  # else embeddings alone
+        # A static cache is laid out for all rows from the start, and one that was begun has them already.
+        is_fresh = type(cache) is DynamicCache and cache.get_seq_length() == 0
+        # Prefill in chunks is left to transformers. A prompt of embeddings alone has no ids to deal out images by.
+        is_whole = generation_config.prefill_chunk_size is None and input_ids.shape[1] > 0
         if copies == 1 or self.config.is_encoder_decoder or not is_fresh or not is_whole:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
         rows = input_ids.shape[0]

@@ -1,6 +1,6 @@
-"""Any picture as an upright 8-bit RGB PIL image: the one function by which training, evaluation and the processor see.
+"""Any picture as an upright 8-bit RGB PIL image: how training, evaluation and the processor all read pictures.
 
-Transparent pixels show white, as on paper. A picture whose levels cannot be told is an error, never white or black.
+Transparent pixels show white, as on paper. Where the range of the levels is unclear, an error says so: nothing is guessed.
 """
 
 import io
@@ -21,7 +21,7 @@ HALF_LEVEL = 0.5 / 255  # what rounding to 8 bits takes away
 
 
 def rgb_image(source) -> Image.Image:
-    """The picture as a new RGB image, turned as its EXIF data says, what is transparent in white.
+    """The picture as a new RGB image, upright by its EXIF data, on white where it is transparent.
 
     Args:
         source: one of

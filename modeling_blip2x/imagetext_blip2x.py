@@ -172,9 +172,12 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         vision_embeds: torch.Tensor | None = None,
         image_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(pairs, 2), order (no match, match), of image i, or image image_index[i], with text i; averaged over queries
-        (section 3.2). With image_index, pairs go together that share an image, whose keys and values are then not copied,
-        or, where images have few texts each, whose texts are of about one length, to read little padding."""
+        """Match logits (pairs, 2), order (no match, match), averaged over the queries (section 3.2).
+
+        Text i goes with image i, or with image image_index[i]. With image_index, `PAIRS_TOGETHER` pairs are read at a
+        time: of one image where images have many texts each, so that its keys and values need no copy; otherwise of
+        about one length, so that little padding is read.
+        """
         if image_index is None:
             hidden = self.get_multimodal_features(
                 pixel_values, input_ids, attention_mask, vision_embeds
@@ -192,6 +195,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         logits = []
         for pairs in order.split(PAIRS_TOGETHER):
             mask = attention_mask[pairs]
+            # As long as these texts are, not the longest of all.
             length = int(mask.any(dim=0).nonzero().max()) + 1
             index = image_index[pairs]
             if (index == index[0]).all():
@@ -219,7 +223,7 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         vision_embeds = self.model.get_vision_outputs(pixel_values, vision_embeds).last_hidden_state
         rows = []
-        for image in range(len(vision_embeds)):
+        for image in range(len(vision_embeds)):  # one at a time: keys and values of a whole gallery are large
             key_values = self.model.image_key_values(vision_embeds[image : image + 1])
             chunks = zip(input_ids.split(chunk_size), attention_mask.split(chunk_size))
             logits = [self._itm_logits_of(ids, mask, self._repeated(key_values, len(ids))) for ids, mask in chunks]
@@ -233,11 +237,11 @@ class Blip2xImageTextModel(Blip2xPreTrainedModel):
 
     @staticmethod
     def check_rows(images: torch.Tensor, texts: torch.Tensor) -> None:
-        # Here and in other forwards shape[0], not len, which is a plain number: an export would hold for no other batch.
+        # shape[0], here and in other forwards: torch.export would freeze len() to the batch size it was traced with.
         if images.shape[0] != texts.shape[0]:
             raise ValueError(
-                f"Pairs need as many images as texts, got {images.shape[0]} images and {texts.shape[0]} texts. For every image with every "
-                "text call itm_scores(..., grid=True)."
+                f"Pairs need as many images as texts, got {images.shape[0]} images and {texts.shape[0]} texts. For every "
+                "image with every text call itm_scores(..., grid=True)."
             )
 
     @staticmethod

@@ -42,9 +42,13 @@ NOT_FOR_MODELS = (
 
 # Arguments that only some language models have; as None they say nothing, and PEFT passes them to all.
 OF_SOME_MODELS = (
-    "head_mask", "decoder_head_mask", "cross_attn_head_mask", "decoder_inputs_embeds", "decoder_position_ids",
+    "head_mask",
+    "decoder_head_mask",
+    "cross_attn_head_mask",
+    "decoder_inputs_embeds",
+    "decoder_position_ids",
     "output_router_logits",
-)  # fmt: skip
+)
 
 
 def longer_cache(cache: object | None, past_key_values: object | None) -> object | None:

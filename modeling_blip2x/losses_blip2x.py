@@ -43,8 +43,8 @@ def sigmoid_itc_loss(logits_per_image: torch.Tensor, positives: torch.Tensor, bi
     """ITC by a sigmoid for each pair (Zhai et al. 2023, SigLIP, equation 1): is this the text of that image, yes or no?
 
     logits_per_image (B, N): cosine / temperature of this process's images with all texts: every pair of the global batch
-    is on one process. positives (B, N). bias (1,): learned; most pairs are negatives, and it starts there. A pair's
-    terms are added up over the texts, and are a mean over the images.
+    is on one process. positives (B, N). bias (1,): learned; it starts low, as most pairs are negatives. Terms are summed
+    over the texts and averaged over the images.
     """
     signs = torch.where(positives, 1.0, -1.0)
     total = -F.logsigmoid(signs * (logits_per_image.float() + bias.float())).sum()
@@ -52,14 +52,17 @@ def sigmoid_itc_loss(logits_per_image: torch.Tensor, positives: torch.Tensor, bi
 
 
 def draw_hard_negatives(logits: torch.Tensor, positives: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """For each row one column that is no positive, drawn with probability softmax(logits) (section 3.2, ITM).
+    """One non-positive column per row, drawn with probability softmax(logits) over these columns (section 3.2, ITM).
 
     logits, positives (B, N); uniform (B,) in [0, 1), one number a row. Returns (B,) column numbers, -1 where a row has
     no negative at all. Inverse transform sampling: the draw of a row depends on nothing but its logits and its number.
     """
+    # float64: in a cumulative sum of float32 the smallest weights of a large batch are rounded away.
     weights = logits.detach().double().masked_fill(positives, -torch.inf).softmax(dim=1)  # NaN: no negative in the row
     cumulative = weights.cumsum(dim=1)
     threshold = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
+    # right=True passes over columns of weight 0, the positives, also at a uniform number of 0; clamp: rounding may put the
+    # threshold at the very end.
     column = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     has_negative = ~positives.all(dim=1)
     return torch.where(has_negative, column, -1)
@@ -73,6 +76,8 @@ def uniform_numbers(first_row: int, rows: int, seed: int | None, device: torch.d
     """
     if seed is None:
         return torch.rand(rows, 2, device=device)
+    # On the CPU, as a GPU draws other numbers from the same seed. Those of earlier rows are drawn too, and dropped: row i
+    # then gets the same number on any rank.
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(first_row + rows, 2, generator=generator)[first_row:].to(device)
 
@@ -91,6 +96,7 @@ def itm_pairs(own: torch.Tensor, negative_image: torch.Tensor, negative_text: to
 
     own (B,): global row numbers of this process. negative_image, negative_text (B,): -1 where there is none.
     """
+    # A pair without a negative is left out, not replaced: a random or repeated one would be a false label.
     with_image, with_text = negative_image >= 0, negative_text >= 0
     image_index = torch.cat([own, negative_image[with_image], own[with_text]])
     text_index = torch.cat([own, own[with_image], negative_text[with_text]])

@@ -32,8 +32,8 @@ from .qformer_blip2x import KeyValues, QFormerOutput, select_images
 class EncodedPairs:
     """What one batch is encoded to, once, for all objectives.
 
-    queries, text: those of ITC; decoded: the causal text of ITG, where it was asked for. sizes: rows on each rank;
-    first_row: of this rank.
+    image_key_values: of each image, which all pairs of ITM index. queries, text: those of ITC; decoded: the causal text
+    of ITG, where it was asked for. sizes: rows on each rank; first_row: of this rank.
     """
 
     vision: BaseModelOutput
@@ -79,6 +79,7 @@ class Blip2xMatchingModel(Blip2xImageTextModel):
         self.check_rows(vision.last_hidden_state, input_ids)
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         sizes = batch_sizes(local, device)
+        # ITC reads [CLS] alone: the last layer computes the other tokens only for a caller who asks to see them.
         whole_text = output_attentions or bool(output_hidden_states)
         return self.encode_rows(
             vision,
@@ -144,7 +145,7 @@ class Blip2xMatchingModel(Blip2xImageTextModel):
         """ITC logits from this rank's features; similarity: `image_text_similarity`, or what computes the same."""
         texts = text.pooler_output
         all_images, all_texts = gather_rows(images, sizes), gather_rows(texts, sizes)
-        if image_ids is None:
+        if image_ids is None:  # each row is an image of its own
             local_ids = first_row + torch.arange(len(images), device=images.device)
             all_ids = torch.arange(sum(sizes), device=images.device)
         else:
@@ -189,13 +190,18 @@ class Blip2xMatchingModel(Blip2xImageTextModel):
         chosen = itm_pairs(own, *self.draw_negatives(contrast, pairs.first_row, seed, hardness))
         texts = self.gather_texts(pairs.input_ids, pairs.attention_mask, pairs.sizes)
         vision_embeds = pairs.vision.last_hidden_state
+        # With several processes all take part in a fetch, also one whose negatives are all its own.
         fetch = None if len(pairs.sizes) == 1 else lambda index: fetch_rows(vision_embeds, index, pairs.sizes)
         return itm_loss(self.match_logits(pairs, chosen, texts, fetch), chosen.labels)
 
     def draw_negatives(
         self, contrast: Contrast, first_row: int, seed: int | None, hardness: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Global number of a hard negative image for each text and of a text for each image, (B,) each; -1: none."""
+        """Global number of a hard negative image for each text and of a text for each image, (B,) each; -1: none.
+
+        Drawn by the logits of ITC (section 3.2): a mismatch that ITC takes for a match is what ITM has to learn, and the
+        logits are there already, for the global batch.
+        """
         if seed is None and not self.training:
             seed = 0  # the same evaluation gives the same loss
         uniform = uniform_numbers(first_row, len(contrast.positives), seed, contrast.positives.device)
@@ -235,7 +241,7 @@ class Blip2xMatchingModel(Blip2xImageTextModel):
         if fetch is None:
             return select_images(pairs.image_key_values, index)
         is_remote = (index < 0) | (index >= local)
-        remote = global_index[is_remote].unique()
+        remote = global_index[is_remote].unique()  # once each, however many texts have drawn it
         fetched = self.model.image_key_values(fetch(remote))
         index = torch.where(is_remote, local + torch.searchsorted(remote, global_index), index)
         both = tuple(

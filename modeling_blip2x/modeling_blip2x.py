@@ -37,7 +37,7 @@ class Blip2xPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _no_split_modules = ["QFormerLayer", "QFormerTextEmbeddings", "QueryTokens"]
     _skip_keys_device_placement = ["past_key_values", "cache"]  # one cache by its two names
-    # Narrow layers that all of an image or text passes: float32 in a float16 model, and left alone by quantisation.
+    # Narrow layers through which all of an image or text passes: float32 in a float16 model, and never quantised.
     _keep_in_fp32_modules = ["language_projection", "vision_projection", "text_projection", "itm_head"]
 
     @torch.no_grad()
@@ -209,6 +209,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         qformer_config = config.qformer_config
         tower = build_vision_tower(config.vision_config) if vision_model is None else vision_model
         self.vision_model = freeze_unused_parts(tower)
+        # Ours, not the tower's: it is trained while the tower stays frozen.
         self.ln_vision = nn.LayerNorm(qformer_config.encoder_hidden_size, eps=config.vision_layer_norm_eps)
         self.query_tokens = QueryTokens(config.num_query_tokens, qformer_config.hidden_size)
         self.qformer = QFormer(qformer_config)
@@ -251,6 +252,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
                 f"pixel_values must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. Add the "
                 "batch dimension, or let the processor make it."
             )
+        # A frozen tower builds no graph: it would keep its activations for gradients that nobody takes.
         frozen = not any(parameter.requires_grad for parameter in self.vision_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             return vision_features(

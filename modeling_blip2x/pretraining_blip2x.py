@@ -88,8 +88,8 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
             negative_seed: makes the draw of hard negatives depend on this and the row's global number alone; None draws
                 from torch's own generator in training, and as 0 does in evaluation.
             negative_hardness: negatives are drawn by softmax(negative_hardness * ITC logits): 1 is the paper, 0 draws
-                evenly. A model that starts from nothing needs easier ones first: those of the paper are as likely as
-                the match by all that ITC knows, which early on is all that ITM can know too.
+                evenly. A Q-Former trained from scratch needs easier ones first: to ITC the hardest look like matches, and
+                early in training ITM cannot tell more than ITC.
             output_attentions, output_hidden_states: also return those of tower and Q-Former.
 
         Raises:
@@ -137,6 +137,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
 
     def text_logits(self, pairs: EncodedPairs) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (tokens, vocabulary) and labels (tokens,) of ITG, for real tokens only, not for padding."""
+        # Padding is left out before the head, whose matrix has a row for every word of the vocabulary.
         is_target = pairs.attention_mask[:, 1:].bool()
         hidden = pairs.decoded.hidden[:, :-1][is_target]
         logits = self.itg_head(hidden, self.model.qformer.embeddings.vocabulary(hidden.device))
@@ -161,6 +162,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
         queries = self.model.qformer.encode_queries(self.model.query_tokens(len(vision_embeds)), image)
         # One tensor (B, layers, 2, heads, Q, d): generate repeats tensors for beams, not tuples of them.
         cached = torch.stack([torch.stack(kv, dim=1) for kv in queries.key_values], dim=1)
+        # Made for this call: as an attribute its parameters would be in the model, and in checkpoints, twice.
         decoder = ItgDecoder(self.config.qformer_config, self.model.qformer, self.itg_head)
         start = torch.full(
             (len(vision_embeds), 1), self.config.qformer_config.bos_token_id, device=vision_embeds.device

@@ -26,13 +26,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_blip2x import Blip2xQFormerConfig
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]  # keys and values, (B, heads, length, head width) each
-COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # not float8: weights are stored in it alone
+# Not float8, which is for storage only: nothing computes in it.
+COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def in_own_dtype(module: nn.Module, states: torch.Tensor) -> torch.Tensor:
     """`module` of states, cast to the dtype of its weight where parts of a model differ.
 
-    A packed weight (bytes of bitsandbytes, float8) says nothing of what its module reads: such get states as they are.
+    A packed weight (bytes of bitsandbytes, float8) does not tell what its module reads; its states are left as they are.
     """
     dtype = getattr(getattr(module, "weight", None), "dtype", None)
     return module(states.to(dtype) if dtype in COMPUTED else states)
@@ -45,7 +46,7 @@ def dtype_of_inputs(module: nn.Module, default: torch.dtype) -> torch.dtype:
 
 @dataclass
 class QFormerOutput:
-    """hidden (B, L, H); key_values of the self-attention a layer; the rest only where asked for, else empty."""
+    """hidden (B, L, H); key_values of each layer's self-attention; the rest only where asked for, else empty."""
 
     hidden: torch.Tensor
     key_values: tuple[KeyValues, ...] = ()
@@ -80,6 +81,7 @@ def eager_attention_forward(
     """Attention that also returns its weights. attention_mask: boolean, True where attention is allowed."""
     scores = (query * scaling) @ key.transpose(-1, -2)  # there are fewer queries than scores
     if attention_mask is not None:
+        # Not -inf: softmax of a row in which nothing is allowed would be NaN.
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     weights = nn.functional.softmax(scores, dim=-1).to(query.dtype)  # sums in float32 whatever the dtype
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -175,8 +177,8 @@ class QFormerLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """hidden (B, L, H): the first num_queries positions are queries, the rest is text.
 
-        num_outputs: the first positions, to which the output is limited; the others are seen, and go no further.
-            A mask of one row stands for all of them.
+        num_outputs: how many first positions are computed; the others are only attended to. A mask with a single row
+            applies to each of them.
 
         Returns hidden, own keys and values, and the weights of self- and cross-attention. Keys and values come and go as
         plain tensors, not as pairs: reentrant checkpointing loses the gradient of tensors inside a tuple.
@@ -287,6 +289,7 @@ class QFormer(PreTrainedModel):
     ) -> QFormerOutput:
         """Unimodal, image side: queries (B, Q, H) see each other and the image. Keeps key_values for `decode_text`."""
         hidden = self._start(query_embeds)
+        # No mask: every query sees every query, and images have no padding.
         return self._run(hidden, query_embeds.shape[1], None, image_key_values, None, return_weights)
 
     def encode_text(
@@ -333,9 +336,12 @@ class QFormer(PreTrainedModel):
         rows, length = is_token.shape
         text = num_queries + length * has_decoder  # where it starts
         mask = is_token.new_zeros(rows, text + length, text + length)
+        # Queries, which go on to ITC, see queries alone; causal text sees them too.
         mask[:, :text, :num_queries] = True
         if has_decoder:
+            # Of the text it sees what comes before, so that it cannot read the token that it must predict.
             mask[:, num_queries:text, num_queries:text] = is_token[:, None].expand(-1, length, -1).tril()
+        # The text of ITC sees itself, in both directions: with a look at the queries its feature would know the image.
         mask[:, text:, text:] = is_token[:, None]
         return mask[:, None]
 
@@ -382,7 +388,7 @@ class QFormer(PreTrainedModel):
         return self._start(self.embeddings(input_ids))
 
     def _start(self, embeds: torch.Tensor) -> torch.Tensor:
-        # In one dtype from here on: T5's list of float32 modules ("wo") catches the word embeddings of a float16 model.
+        # Cast to one dtype: T5 keeps modules named "wo*" in float32, which catches our word embeddings in a float16 model.
         return self.dropout(in_own_dtype(self.layernorm, embeds))
 
     def _run(

@@ -19,7 +19,7 @@ class Blip2xForImageTextRetrieval(Blip2xMatchingModel):
 
     def __init__(self, config: Blip2xConfig, vision_model: nn.Module | None = None):
         super().__init__(config, vision_model)
-        self.itg_head.requires_grad_(False)  # kept for the checkpoint's sake; no loss here reaches it
+        self.itg_head.requires_grad_(False)  # kept so that checkpoints stay whole; no loss here trains it
 
     @can_return_tuple
     def forward(

@@ -4,7 +4,7 @@
     "look at <image> what is it ?"  BOS, words, image tokens, words
 
 The tokenizer lays out its own special tokens, whatever they are; each `<image>` becomes one token in between, which is
-then repeated for the Q queries of the image. Images that no word stands before come first of all.
+then repeated for the Q queries of the image. Images without a word before them come first of all, before BOS.
 """
 
 import re
@@ -96,7 +96,7 @@ def cuts(options: dict) -> bool:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], counts: list[int], token: str, queries: int, options: dict
 ) -> dict[str, list]:
-    """input_ids, attention_mask and what else `options` ask for, each a list of rows; padded where they say so.
+    """input_ids, attention_mask and what else `options` ask for, each a list of rows; padded if they ask for it.
 
     Args:
         counts: images of each text, as `images_by_text` gives them. queries: image tokens of an image.
@@ -168,7 +168,10 @@ def _encode(
 
 
 def _cut(row: dict[str, list], is_word: list[bool], longest: int, side: str, image_tokens: int) -> dict[str, list]:
-    """Without the last words (side "right") or the first ones, so that at most `longest` tokens are left."""
+    """Drop the last words (side "right") or the first, so that at most `longest` tokens are left.
+
+    Image and special tokens stay: without all of an image's tokens its features would have no place.
+    """
     excess = len(is_word) - longest
     if excess <= 0:
         return row

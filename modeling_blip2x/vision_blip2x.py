@@ -116,7 +116,7 @@ def vision_features(
     if output_attentions and ("output_attentions" in accepted or "kwargs" in accepted):
         options["output_attentions"] = True
     if interpolate_pos_encoding and "interpolate_pos_encoding" in accepted:
-        options["interpolate_pos_encoding"] = True  # DINOv2 and CNNs take any size anyway
+        options["interpolate_pos_encoding"] = True  # towers without this argument (DINOv2, CNNs) take any size
     model = with_eager_attention(tower) if output_attentions else tower
     output = model(pixel_values, return_dict=True, **options)
     if feature_layer != -1 and not -len(output.hidden_states) <= feature_layer < len(output.hidden_states):
@@ -126,7 +126,7 @@ def vision_features(
             f"choose from {-count} to {count - 1}."
         )
     features = output.last_hidden_state if feature_layer == -1 else output.hidden_states[feature_layer]
-    if features.ndim == 4:
+    if features.ndim == 4:  # a CNN's map: its places, row by row, are the positions
         features = features.flatten(2).transpose(1, 2)
     return BaseModelOutput(
         last_hidden_state=features,

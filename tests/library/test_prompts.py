@@ -102,9 +102,9 @@ def test_images_and_texts_that_do_not_match_are_named():
         processor([RED, BLUE], "a dog")
     with pytest.raises(ValueError, match="2 lists of images and 1 texts"):
         processor([[RED], [BLUE]], "a dog")
-    with pytest.raises(ValueError, match=r"has 1 <image> placeholders but there is 2 image\(s\) for it: 'a <image>'"):
+    with pytest.raises(ValueError, match=r"has 1 <image> placeholders but 2 image\(s\): 'a <image>'"):
         processor([[RED, BLUE]], "a <image>")
-    with pytest.raises(ValueError, match=r"has 1 <image> placeholders but there is 0 image\(s\) for it: '<image> cat'"):
+    with pytest.raises(ValueError, match=r"has 1 <image> placeholders but 0 image\(s\): '<image> cat'"):
         processor([[RED], []], ["a", "<image> cat"])
 
 
