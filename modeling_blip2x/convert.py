@@ -30,9 +30,11 @@ from transformers import (
 
 from .convert_from_blip2x import Checkpoint, check_complete, import_lavis, import_transformers, load_tokenizer
 from .convert_to_blip2x import check_exported, export_lavis, export_transformers, read_own
+from .printable_blip2x import printable
 from .processing_blip2x import Blip2xProcessor
 from .weight_files_blip2x import write_folder
 
+LAVIS_FILE = "lavis.pth"
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 
 
@@ -69,48 +71,69 @@ def convert(
         if path.suffix in (".pth", ".pt", ".bin", ".safetensors") or source.startswith((".", "/", "~")):
             raise ValueError(f"There is no {source}. Check the path, or give a hub id.")
         path = local_folder(source)
-    kind = AutoConfig.from_pretrained(path).model_type if path.is_dir() else "file"
 
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
+        kind = AutoConfig.from_pretrained(path).model_type if path.is_dir() else "file"
         if to == "blip2x":
-            if kind in ("blip-2", "instructblip"):
-                checkpoint = import_transformers(path)
-                processor = _processor_of_folder(path, checkpoint)
-            elif kind == "file":
-                checkpoint = import_lavis(path, config, vision_model, language_model)
-                processor = _processor_of_file(checkpoint, vision_model, language_model, qformer_tokenizer)
-            else:
-                raise ValueError(
-                    f"{source} is a {kind} checkpoint. To blip2x go blip-2, instructblip, LAVIS and mmpretrain."
-                )
-            check_complete(checkpoint, source)
-            notes = _write_own(unfinished, checkpoint, processor, path, language_model)
-            unfinished.rename(target)
-            return notes
-        if kind not in ("blip2x", "file"):
-            raise ValueError(
-                f"{source} is a {kind} checkpoint; only blip2x folders go to {to}. Convert it to blip2x first."
-            )
-        own_config, weights = read_own(path)
-        if to == "transformers":
-            model_class, their_config, renamed, notes = export_transformers(own_config, weights)
-            check_exported(model_class, their_config, renamed)
-            their_config.architectures = [model_class.__name__]
-            their_config.save_pretrained(unfinished)
-            write_folder(unfinished, renamed)
-            _copy_generation_config(path, unfinished)
-            notes += _export_processor(path, unfinished, instruct=their_config.model_type == "instructblip")
-            unfinished.rename(target)
+            notes = _import(path, kind, unfinished, config, vision_model, language_model, qformer_tokenizer)
+        elif kind != "blip2x":
+            raise ValueError(f"{source} is a {kind} checkpoint; only blip2x folders go to {to}. Convert it first.")
         else:
-            renamed, notes = export_lavis(own_config, weights)
-            torch.save({"model": {name: weight.read() for name, weight in renamed.items()}}, unfinished / target.name)
-            (unfinished / target.name).rename(target)
+            notes = _export(path, unfinished, to)
+        # LAVIS has one file where the others have a folder.
+        (unfinished / LAVIS_FILE if to == "lavis" else unfinished).rename(target)
         return notes
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # a config that asks for nonsense fails deep in transformers, in any way at all
+        reason = str(error).strip().split("\n")[-1].strip()
+        raise ValueError(
+            f"{source} cannot be converted ({type(error).__name__}: {reason}). Compare its config with that of a checkpoint "
+            "of its kind."
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _import(
+    path: Path,
+    kind: str,
+    folder: Path,
+    config: dict | None,
+    vision_model: str | None,
+    language_model: str | None,
+    qformer_tokenizer: str | None,
+) -> list[str]:
+    """Write a blip2x checkpoint into `folder`; returns notes."""
+    if kind in ("blip-2", "instructblip"):
+        checkpoint = import_transformers(path)
+        processor = _processor_of_folder(path, checkpoint)
+    elif kind == "file":
+        checkpoint = import_lavis(path, config, vision_model, language_model)
+        processor = _processor_of_file(checkpoint, vision_model, language_model, qformer_tokenizer)
+    else:
+        raise ValueError(f"{path} is a {kind} checkpoint. To blip2x go blip-2, instructblip, LAVIS and mmpretrain.")
+    check_complete(checkpoint, str(path))
+    return _write_own(folder, checkpoint, processor, path, language_model)
+
+
+def _export(path: Path, folder: Path, to: str) -> list[str]:
+    """Write a checkpoint of transformers, or the file of LAVIS, into `folder`; returns notes."""
+    config, weights = read_own(path)
+    if to == "lavis":
+        renamed, notes = export_lavis(config, weights)
+        torch.save({"model": {name: weight.read() for name, weight in renamed.items()}}, folder / LAVIS_FILE)
+        return notes
+    model_class, their_config, renamed, notes = export_transformers(config, weights)
+    check_exported(model_class, their_config, renamed)
+    their_config.architectures = [model_class.__name__]
+    their_config.save_pretrained(folder)
+    write_folder(folder, renamed)
+    _copy_generation_config(path, folder)
+    return notes + _export_processor(path, folder, instruct=their_config.model_type == "instructblip")
 
 
 def local_folder(source: str) -> Path:
@@ -291,7 +314,7 @@ def command() -> None:
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
 
 
 if __name__ == "__main__":

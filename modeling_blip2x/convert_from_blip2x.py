@@ -127,9 +127,9 @@ def import_lavis(
         text_config=text_config if not is_stage1 else None,
         vision_feature_layer=feature_layer,
         **{
-            "num_query_tokens": weights["model.query_tokens.weight"].shape[0],
+            "num_query_tokens": shape_of(weights, "model.query_tokens.weight", 2)[0],
             "vision_layer_norm_eps": 1e-5,
-            **({"image_text_hidden_size": weights["vision_projection.weight"].shape[0]} if is_stage1 else {}),
+            **({"image_text_hidden_size": shape_of(weights, "vision_projection.weight", 2)[0]} if is_stage1 else {}),
             **overrides,
         },
     )
@@ -171,15 +171,26 @@ def check_complete(checkpoint: Checkpoint, source: str) -> None:
     """
     with torch.device("meta"):
         model = checkpoint.model_class(checkpoint.config)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    empty = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in empty.items()}
     tied = set(model.all_tied_weights_keys)
     given = {name: weight.shape for name, weight in checkpoint.weights.items()}
     missing = [name for name in expected if name not in given and name not in tied]
     surplus = [name for name in given if name not in expected]
     misshapen = [f"{n} is {given[n]}, not {expected[n]}" for n in given if n in expected and given[n] != expected[n]]
+    mistyped = [
+        f"{name} is {weight.dtype}, not {empty[name].dtype}"
+        for name, weight in checkpoint.weights.items()
+        if name in empty and weight.dtype.is_floating_point != empty[name].dtype.is_floating_point
+    ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
-        for what, names in (("missing", missing), ("without a place", surplus), ("of another shape", misshapen))
+        for what, names in (
+            ("missing", missing),
+            ("without a place", surplus),
+            ("of another shape", misshapen),
+            ("of another kind", mistyped),
+        )
         if names
     ]
     if problems:
@@ -196,18 +207,22 @@ def without_copies(found: dict[str, Weight], prefix: str, source: str) -> dict[s
     for name, weight in found.items():
         original = COPY_OF.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
         if original is not None:
-            if not torch.equal(weight.read(), found[prefix + original].read()):
+            if prefix + original not in found or not torch.equal(weight.read(), found[prefix + original].read()):
                 raise ValueError(
                     f"'{name}' differs from '{prefix}{original}', of which it is a copy in the official model. {source} is "
                     "not a BLIP-2 checkpoint, or was changed."
                 )
         elif name.endswith("attn.q_bias"):
-            value = found[name.replace("q_bias", "v_bias")]
+            value = found.get(name.replace("q_bias", "v_bias"))
+            if value is None or value.shape != weight.shape:
+                raise ValueError(
+                    f"'{name}' of {source} has no v_bias of its shape beside it. Copy or download it again."
+                )
 
             def join(query: torch.Tensor, value: Weight = value) -> torch.Tensor:
                 return torch.cat([query, torch.zeros_like(query), value.read()])  # the keys have no bias
 
-            kept[name.replace("q_bias", "qkv.bias")] = weight.map(join, (3 * weight.shape[0],))
+            kept[name.replace("q_bias", "qkv.bias")] = weight.map(join, (3 * torch.Size(weight.shape).numel(),))
         elif not name.endswith("attn.v_bias"):
             kept[name] = weight
     return kept
@@ -237,7 +252,7 @@ def _complete_language_model(path, weights: dict[str, Weight], text_config, lang
             text_config = AutoConfig.from_pretrained(language_model).to_dict()
         for name in ("model.decoder.embed_tokens.weight", "model.embed_tokens.weight", "shared.weight"):
             if LLM + name in weights:
-                text_config["vocab_size"] = weights[LLM + name].shape[0]  # LAVIS adds tokens to Vicuna's
+                text_config["vocab_size"] = shape_of(weights, LLM + name, 2)[0]  # LAVIS adds tokens to Vicuna's
         return text_config
     if language_model is None:
         raise ValueError(f"{path} holds no language model. Pass --language_model ID_OR_FOLDER.")
@@ -276,13 +291,13 @@ def _fields_of(theirs) -> dict:
 
 def _tower_shape(weights: dict[str, Weight]) -> dict:
     """What tensors tell of an EVA tower's config."""
-    patch = weights[f"{TOWER}embeddings.patch_embedding.weight"].shape
-    positions = weights[f"{TOWER}embeddings.position_embedding"].shape[1] - 1
+    patch = shape_of(weights, f"{TOWER}embeddings.patch_embedding.weight", 4)
+    positions = shape_of(weights, f"{TOWER}embeddings.position_embedding", 3)[1] - 1
     shape = {
         "hidden_size": patch[0],
         "patch_size": patch[2],
         "image_size": round(positions**0.5) * patch[2],
-        "intermediate_size": weights[f"{TOWER}encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "intermediate_size": shape_of(weights, f"{TOWER}encoder.layers.0.mlp.fc1.weight", 2)[0],
         "num_hidden_layers": _count_layers(weights, f"{TOWER}encoder.layers."),
     }
     return shape | ({"num_attention_heads": 16} if patch[0] == 1408 else {})  # ViT-g
@@ -291,22 +306,42 @@ def _tower_shape(weights: dict[str, Weight]) -> dict:
 def _qformer_shape(weights: dict[str, Weight]) -> dict:
     """What tensors tell of a Q-Former's config; heads are 64 wide, as in every BERT."""
     layers = "model.qformer.layers."
-    crossing = [i for i in range(_count_layers(weights, layers)) if f"{layers}{i}.crossattention.key.weight" in weights]
-    width = weights[f"{layers}0.query_feed_forward.up.weight"].shape
+    count = _count_layers(weights, layers)
+    crossing = [i for i in range(count) if f"{layers}{i}.crossattention.key.weight" in weights]
+    width = shape_of(weights, f"{layers}0.query_feed_forward.up.weight", 2)
     shape = {
         "hidden_size": width[1],
         "intermediate_size": width[0],
-        "num_hidden_layers": _count_layers(weights, layers),
+        "num_hidden_layers": count,
         "num_attention_heads": max(1, width[1] // 64),
         "cross_attention_frequency": crossing[1] - crossing[0] if len(crossing) > 1 else 2,
         "use_qformer_text_input": "model.qformer.embeddings.word_embeddings.weight" in weights,
     }
     if shape["use_qformer_text_input"]:
-        vocabulary = weights["model.qformer.embeddings.word_embeddings.weight"].shape[0]
+        vocabulary = shape_of(weights, "model.qformer.embeddings.word_embeddings.weight", 2)[0]
         shape["vocab_size"], shape["bos_token_id"] = vocabulary, vocabulary - 1
-        shape["max_position_embeddings"] = weights["model.qformer.embeddings.position_embeddings.weight"].shape[0]
+        positions = shape_of(weights, "model.qformer.embeddings.position_embeddings.weight", 2)
+        shape["max_position_embeddings"] = positions[0]
+    return shape
+
+
+def shape_of(weights: dict[str, Weight], name: str, dimensions: int) -> tuple[int, ...]:
+    """Shape of a tensor that the config is read from.
+
+    Raises:
+        ValueError: it is missing, or has another number of dimensions.
+    """
+    if name not in weights:
+        raise ValueError(f"The checkpoint has no tensor for {name!r}; it is not whole. Copy or download it again.")
+    shape = weights[name].shape
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"The tensor for {name!r} has shape {shape}, but {dimensions} dimensions and no 0 are right.")
     return shape
 
 
 def _count_layers(weights: dict[str, Weight], start: str) -> int:
-    return 1 + max(int(name.removeprefix(start).split(".")[0]) for name in weights if name.startswith(start))
+    numbers = [name.removeprefix(start).split(".")[0] for name in weights if name.startswith(start)]
+    layers = {int(number) for number in numbers if number.isdecimal()}
+    if not layers or len(layers) <= max(layers):  # not 0, 1, 2, ...: also keeps a damaged number from asking for 10**9
+        raise ValueError(f"The checkpoint has layers {sorted(layers)} under {start!r}; those from 0 on are expected.")
+    return len(layers)

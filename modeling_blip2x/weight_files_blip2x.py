@@ -7,6 +7,7 @@ length, a JSON header and the tensors' bytes.
 import json
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is not a file. Check the path.")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     if path.suffix in (".pth", ".pt", ".bin"):
@@ -61,9 +64,9 @@ def read_weights(path: str | Path) -> dict[str, Weight]:
 
 def _read_folder(folder: Path) -> dict[str, Weight]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / f"{stem}.index.json").exists():
-            shards = set(json.loads((folder / f"{stem}.index.json").read_text())["weight_map"].values())
-            return {name: weight for shard in sorted(shards) for name, weight in read_weights(folder / shard).items()}
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            return {name: weight for file in _shards(index) for name, weight in read_weights(folder / file).items()}
         if (folder / stem).exists():
             return read_weights(folder / stem)
     raise ValueError(
@@ -72,13 +75,28 @@ def _read_folder(folder: Path) -> dict[str, Weight]:
     )
 
 
+def _shards(index: Path) -> list[str]:
+    """File names that an index lists, each once. They lie beside it: a name with a folder in it is refused."""
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        strange = [file for file in files if Path(file).name != file]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{index} is not an index of weight files ({type(error).__name__}: {error}). Download it again."
+        ) from None
+    if strange:
+        raise ValueError(f"{index} names {strange[0]!r}, which is not a file beside it. Download the checkpoint again.")
+    return files
+
+
 def _read_safetensors(path: Path) -> dict[str, Weight]:
     try:
         file = safe_open(path, framework="pt")
-        names = list(file.keys())
-        slices = {name: file.get_slice(name) for name in names}
-    except SafetensorError as error:
+        slices = {name: file.get_slice(name) for name in file.keys()}
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}. Copy or download it again.") from None
+    unknown = {name: part.get_dtype() for name, part in slices.items() if part.get_dtype() not in DTYPES}
+    _refuse_dtypes(path, unknown)
     return {
         name: Weight(tuple(part.get_shape()), DTYPES[part.get_dtype()], lambda name=name: file.get_tensor(name))
         for name, part in slices.items()
@@ -86,27 +104,71 @@ def _read_safetensors(path: Path) -> dict[str, Weight]:
 
 
 def _read_pickle(path: Path) -> dict[str, Weight]:
+    mapped = _can_be_mapped(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
+        # The message begins with advice to load it with weights_only=False, the last thing to do here.
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise ValueError(
             f"{path} holds more than tensors, and loading it could run its code: {reason} Save its state dict alone, with "
             "torch.save({'model': model.state_dict()}, ...), or as safetensors."
         ) from None
-    except (RuntimeError, EOFError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # broken bytes make the unpickler fail in any way at all
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(f"{path} is not a whole torch file: {reason}. Copy or download it again.") from None
-    # LAVIS keeps the optimiser and the epoch beside `model`, mmpretrain beside `state_dict`.
+    return _tensors_of(content, path)
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether tensors can stay on the disk until they are read; else torch.load reads all of them at once.
+
+    They cannot in torch's format of before 2020, nor in a file that was packed again with compression: mapped, its
+    compressed bytes would be taken for weights. Raises ValueError for a damaged file; mapped tensors are never compared
+    with their checksums, and a flipped bit would be converted like any other.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except Exception as error:  # names, lengths and flags of a broken archive fail in any way at all
+        raise ValueError(f"{path} is not a whole torch file: {error}. Copy or download it again.") from None
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged!r} in it is wrong. Copy or download it again.")
+    return not compressed
+
+
+def _tensors_of(content: object, path: Path) -> dict[str, Weight]:
+    """The state dict in what a torch file holds."""
+    # LAVIS keeps the optimizer and the epoch beside `model`, mmpretrain beside `state_dict`.
     for key in ("model", "state_dict"):
-        if isinstance(content.get(key), dict):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not tensors by name. Save a state dict.")
     others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others:
         raise ValueError(
             f"{path} holds values that are no tensors: {', '.join(map(str, others[:5]))}. Save a state dict."
         )
+    unnamed = [name for name in content if not isinstance(name, str)]
+    if unnamed:
+        raise ValueError(f"{path} has {unnamed[0]!r} where the name of a tensor belongs. Save a state dict.")
+    special = {name: str(tensor.layout) for name, tensor in content.items() if tensor.layout != torch.strided}
+    dtypes = {name: str(tensor.dtype) for name, tensor in content.items() if tensor.dtype not in DTYPES.values()}
+    _refuse_dtypes(path, special | dtypes)
     return {name: Weight.of(tensor) for name, tensor in content.items()}
+
+
+def _refuse_dtypes(path: Path, unknown: dict[str, str]) -> None:
+    if unknown:
+        name, kind = next(iter(unknown.items()))
+        raise ValueError(
+            f"{path} holds {len(unknown)} tensors of a kind that is not converted: {name!r} is {kind}. Save them as "
+            "bfloat16, float16 or float32."
+        )
 
 
 def write_folder(folder: Path, weights: dict[str, Weight], shard_bytes: int = SHARD_BYTES) -> None:

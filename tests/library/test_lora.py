@@ -108,3 +108,9 @@ def test_a_regular_expression_and_what_matches_nothing():
     with pytest.raises(ValueError, match="no linear layer in language_model"):
         lora_targets(stage1(), "lm")
     assert re.fullmatch(lora_targets(model, "lm"), "language_model.lm_head") is None
+
+
+@pytest.mark.parametrize("pattern, says", [("(", "not a regular expression"), (r"((\w|\.)+)+!", "takes more than")])
+def test_an_expression_that_is_none_or_never_ends(pattern, says):
+    with pytest.raises(ValueError, match=says):
+        lora_targets(model_of("opt"), pattern)

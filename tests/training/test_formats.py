@@ -14,7 +14,7 @@ from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.pretraining import Stage1Arguments
 from blip2x_training.data.caption_dataset import CaptionDataset, JointDataset, Sampling
 from blip2x_training.data.collators import Stage1Collator
-from blip2x_training.data.formats import expand_braces, image_start, load_rows
+from blip2x_training.data.formats import expand_braces, image_start, load_rows, vqa_rows
 from blip2x_training.data.order import BatchOrder, EpochOrder
 from blip2x_training.data.splits import load_dataset_split
 from blip2x_training.data.vocabulary import build_tokenizer
@@ -119,6 +119,13 @@ def test_vqav2_pair(tmp_path, photos, pattern):
     for alone, other in ((first, "annotations"), (second, "questions")):
         with pytest.raises(ValueError, match=f"without the {other}.*QUESTIONS.json,ANNOTATIONS.json"):
             load_rows(alone, "train")
+
+
+def test_the_name_of_a_subset_is_no_template(photos):
+    asked = {"image_id": 7, "question": "is it red", "question_id": 70}
+    questions = {"data_subtype": "{0.__class__}", "questions": [asked]}
+    rows = vqa_rows(questions, {"annotations": []}, photos)
+    assert rows[0]["image"] == "COCO_{0.__class__}_000000000007.jpg"
 
 
 def test_lavis_lists(tmp_path, photos):

@@ -3,7 +3,7 @@
 import glob
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
@@ -257,7 +257,7 @@ def vqa_rows(questions: dict, annotations: dict, folder: Path) -> Rows:
     file_name = coco_file_name(questions, folder)
     rows = [
         {
-            "image": file_name.format(question["image_id"]),
+            "image": file_name(question["image_id"]),
             "question": question["question"],
             "answers": [given["answer"] for given in notes.get(question["question_id"], {}).get("answers", [])],
             "image_id": question["image_id"],
@@ -269,13 +269,21 @@ def vqa_rows(questions: dict, annotations: dict, folder: Path) -> Rows:
     return Rows.from_dicts(rows)
 
 
-def coco_file_name(questions: dict, folder: Path) -> str:
-    """How the images are called, with {} for the id: the official name, or that of the 2017 release, whichever is there."""
-    subset = questions.get("data_subtype", "").replace("test-dev", "test")
-    official = f"COCO_{subset}_{{:012d}}.jpg"
-    patterns = (official, f"{subset}/{official}", "{:012d}.jpg", f"{subset}/{{:012d}}.jpg")
+def coco_file_name(questions: dict, folder: Path) -> Callable[[int], str]:
+    """How the images are called, by their id: the official name, or that of the 2017 release, whichever is there."""
+    subset = str(questions.get("data_subtype", "")).replace("test-dev", "test")
+
+    def official(image_id: int) -> str:
+        return f"COCO_{subset}_{int(image_id):012d}.jpg"
+
+    names = (
+        official,
+        lambda image_id: f"{subset}/{official(image_id)}",
+        lambda image_id: f"{int(image_id):012d}.jpg",
+        lambda image_id: f"{subset}/{int(image_id):012d}.jpg",
+    )
     for question in questions["questions"][:100]:
-        for pattern in patterns:
-            if (folder / pattern.format(question["image_id"])).exists():
-                return pattern
+        for name in names:
+            if (folder / name(question["image_id"])).exists():
+                return name
     return official
