@@ -203,7 +203,8 @@ def write_safetensors(path: Path, weights: dict[str, Weight]) -> None:
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "wb") as file:
+    unfinished.unlink(missing_ok=True)
+    with open(unfinished, "xb") as file:  # a new file, never one that a link under this name points to
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             tensor = weights[name].read().contiguous()

@@ -1,8 +1,9 @@
 """curves.png in the folder of a run: losses, learning rate and validation over the steps."""
 
 import json
-import os
 from pathlib import Path
+
+from ..system.atomic_files import whole_file
 
 PER_COLUMN = 2
 
@@ -29,9 +30,8 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=1 + len(names) // 5)
-    unfinished = picture.with_name(f".{picture.name}.tmp")
-    figure.savefig(unfinished, format="png", dpi=110)
-    os.replace(unfinished, picture)
+    with whole_file(picture) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def choose_panels(lines: list[dict]) -> list[tuple[str, list[str]]]:
