@@ -16,7 +16,7 @@ def doc(default, text: str):
 
 def looks_like_path(value: str) -> bool:
     """More than one slash, or a leading dot, slash or tilde: a path, not a hub id."""
-    return value[0] in "./~" or value.count("/") > 1
+    return value.startswith((".", "/", "~")) or value.count("/") > 1
 
 
 class Arguments:

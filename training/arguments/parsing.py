@@ -9,6 +9,7 @@ import argparse
 import difflib
 import json
 import logging
+import typing
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -87,18 +88,16 @@ def read_yaml(tokens: list[str], parser: HfArgumentParser, kind: type) -> tuple[
         path = CONFIGS / path
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, or no such date
         return {}, [f"--config {path} cannot be read: {error}. Check the path and the YAML."]
     if not isinstance(content, dict):
         return {}, [f"--config {path} holds a {type(content).__name__}, but must hold lines of `field: value`."]
     values, problems = {}, []
     for key, value in content.items():
-        if value is None and key in field_names(kind):
-            values[key] = None
-        elif isinstance(value, list):
+        if isinstance(value, list):
             read_flag(parser, kind, f"--{key}", [str(item) for item in value], values, problems)
         else:
-            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            text = json.dumps(value) if isinstance(value, dict) else "null" if value is None else str(value)
             read_flag(parser, kind, f"--{key}", [text], values, problems)
     return values, [f"{problem} (in {path})" for problem in problems]
 
@@ -112,7 +111,10 @@ def read_flag(parser: HfArgumentParser, kind: type, flag: str, tokens: list[str]
         return
     name = name if name in names else name.removeprefix("no_")
     if tokens in (["null"], ["None"]):  # the way back to a default of null that a YAML file overrides
-        values[name] = None
+        if type(None) in typing.get_args(typing.get_type_hints(kind)[name]):
+            values[name] = None
+        else:
+            problems.append(f"{flag} cannot be null. Leave it out for its default, or give a value.")
         return
     try:
         # "=" keeps a value that starts with a dash, such as -2, from being read as another flag.
