@@ -64,13 +64,7 @@ def _matched(pattern: str, names: list[str]) -> set[str]:
     peft will match the same names in this process, where an expression such as (a+)+b cannot be told to stop. So it is
     tried in another process first.
     """
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"{pattern!r} is not a regular expression: {error}. Choose {', '.join(PARTS)}, or mend it; outside of groups "
-            r"a parenthesis is written \(."
-        ) from None
+    check_expression(pattern)
     script = "import json, re, sys; p, names = json.load(sys.stdin); print(json.dumps([n for n in names if re.fullmatch(p, n)]))"
     try:
         found = subprocess.run(
@@ -87,6 +81,17 @@ def _matched(pattern: str, names: list[str]) -> set[str]:
             "within a repetition, such as (a+)+, can take for ever. Write it without."
         ) from None
     return set(json.loads(found.stdout))
+
+
+def check_expression(pattern: str) -> None:
+    """Raise ValueError for a pattern that is no regular expression."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"{pattern!r} is not a regular expression: {error}. Choose {', '.join(PARTS)}, or mend it; outside of groups "
+            r"a parenthesis is written \(."
+        ) from None
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -82,6 +82,9 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         (["--zzz", "1"], "See --help"),
         (["--qformer_config", "[1]"], "must be a mapping"),
         (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--dataset="], "--dataset holds an empty name"),
+        (["--lora", "("], r"--lora '\(' is not a regular expression"),
+        (["--learning_rate", "null"], "--learning_rate cannot be null"),
     ],
 )
 def test_mistakes_that_concern_two_fields(flags, part):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from blip2x_training.arguments.parsing import parse_arguments
-from blip2x_training.arguments.training import Stage1Arguments
+from blip2x_training.arguments.pretraining import Stage1Arguments
 from blip2x_training.data.caption_dataset import CaptionDataset
 from blip2x_training.data.formats import image_start, load_rows
 from modeling_blip2x.convert import convert

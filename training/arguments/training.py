@@ -7,6 +7,8 @@ pretraining.py adds those of the two stages, finetuning.py those of fine-tuning.
 from dataclasses import dataclass
 from pathlib import Path
 
+from modeling_blip2x.lora_blip2x import check_expression
+
 from .base import BIG, TINY, Arguments, doc, looks_like_path
 
 
@@ -135,6 +137,10 @@ class RunArguments(Arguments):
 
     def problems(self) -> list[str]:
         found = super().problems()
+        if "" in self.dataset:  # an empty path would be the working directory
+            found.append(
+                "--dataset holds an empty name. Give a hub id, folder or file; is a variable of the shell unset?"
+            )
         for dataset in self.dataset:
             pattern = any(character in dataset for character in "*?{") or ".json," in dataset
             if looks_like_path(dataset) and not pattern and not Path(dataset).exists():
@@ -156,6 +162,11 @@ class RunArguments(Arguments):
                 "--augment is true, but --feature_cache holds features of images already encoded. Pass --augment false, and "
                 "for augmented views write the cache with cache_features.py --views."
             )
+        if self.lora:
+            try:
+                check_expression(self.lora)
+            except ValueError as error:
+                found.append(f"--lora {error}")
         if self.merge_lora and not self.lora:
             found.append("--merge_lora is true, but there is no --lora. Name a part, or leave it out.")
         if self.merge_lora and self.load_in_4bit:
