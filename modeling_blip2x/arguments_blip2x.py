@@ -22,7 +22,7 @@ OF_PROMPTS = {
 TEXT_ARGUMENTS = {
     *("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side", "verbose"),
     *("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask", "return_offsets_mapping"),
-    *("return_length", "return_tensors", *NOT_OF_PROMPTS, *OF_PROMPTS),
+    *("return_length", "return_tensors", "split_special_tokens", *NOT_OF_PROMPTS, *OF_PROMPTS),
 }
 
 

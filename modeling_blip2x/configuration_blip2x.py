@@ -133,6 +133,8 @@ class Blip2xConfig(PreTrainedConfig):
     interpolate_pos_encoding: images are of another size than the tower was trained at, as in fine-tuning at 364 pixels:
         its position embeddings are always interpolated.
     prompt_template: the prompt the model was trained with, for example `Question: {} Answer:`; "" if with none, None if that is unknown.
+    empty_prompt: ids that follow an image without a text, as the processor lays them out; None: BOS of a decoder-only
+        language model that has one.
     """
 
     model_type = "blip2x"
@@ -154,6 +156,7 @@ class Blip2xConfig(PreTrainedConfig):
     vision_layer_norm_eps: float = 1e-5
     interpolate_pos_encoding: bool = False
     prompt_template: str | None = None
+    empty_prompt: list[int] | None = None
     objectives: list[str] | tuple[str, ...] = OBJECTIVES
     itc_loss: str = "softmax"
     tie_word_embeddings: bool = False

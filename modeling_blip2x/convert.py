@@ -207,6 +207,7 @@ def _processor_of_folder(folder: Path, checkpoint: Checkpoint) -> Blip2xProcesso
         theirs.tokenizer,
         getattr(theirs, "qformer_tokenizer", None),
         num_query_tokens=None if is_stage1 else checkpoint.config.num_query_tokens,
+        is_encoder_decoder=None if is_stage1 else checkpoint.config.is_encoder_decoder,
     )
     _match_image_token(ours, checkpoint)
     return ours
@@ -245,6 +246,7 @@ def _processor_of_file(
         tokenizer,
         second,
         num_query_tokens=None if is_stage1 else config.num_query_tokens,
+        is_encoder_decoder=None if is_stage1 else config.is_encoder_decoder,
     )
     _match_image_token(processor, checkpoint)
     return processor

@@ -354,7 +354,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                     "An encoder-decoder language model needs labels or decoder_input_ids in forward. To answer, call "
                     "generate."
                 )
-            decoder_input_ids = self.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+            decoder_input_ids = self.decoder_inputs_of(labels)
         out = self._language_model_for(options)(
             inputs_embeds=None if encoder_outputs is not None else inputs_embeds,
             attention_mask=attention_mask,
@@ -365,6 +365,17 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             **options,
         )
         return out, None if labels is None else language_modelling_loss(out.logits, labels)
+
+    def decoder_inputs_of(self, labels: torch.Tensor) -> torch.Tensor:
+        """Ids (B, T) that an encoder-decoder model's labels (B, T) are predicted from: from where generate starts.
+
+        transformers' own shift starts mBART from the last label, wherever generate starts.
+        """
+        config = self.config.text_config
+        start = getattr(self.generation_config, "decoder_start_token_id", None)
+        start = config.decoder_start_token_id if start is None else start
+        shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == -100, config.pad_token_id or 0)
 
     def _language_model_for(self, options: dict) -> Callable:
         """The language model; a view of it in eager attention where weights are asked for, which sdpa does not compute."""

@@ -28,10 +28,12 @@ class ImagePrompting:
     main_input_name = "input_ids"  # generation goes on from the text, though images come first in forward
 
     def image_prompt(self, batch_size: int) -> torch.Tensor:
-        """input_ids (batch_size, Q or Q + 1) of a prompt without text: the image, then BOS if the decoder has one."""
+        """input_ids (batch_size, Q or more) of a prompt without text: the image, and what the processor puts after it."""
         ids = [self.config.image_token_index] * self.config.num_query_tokens
         bos = getattr(self.config.text_config, "bos_token_id", None)
-        if not self.config.is_encoder_decoder and bos is not None:
+        if self.config.empty_prompt is not None:
+            ids += self.config.empty_prompt
+        elif not self.config.is_encoder_decoder and bos is not None:
             ids.append(bos)
         return torch.tensor([ids], device=self.device).expand(batch_size, -1)
 

@@ -23,6 +23,8 @@ from .arguments_blip2x import NOT_OF_PROMPTS, TEXT_ARGUMENTS, refuse, split_argu
 from .attention_maps_blip2x import overlay, picture_of
 from .decoding_blip2x import decode_until, id_lists, without_prompts
 from .imagelists_blip2x import list_images, open_image
+from .plain_words_blip2x import PlainWords
+from .text_layout_blip2x import TextLayout
 from .tokenizing_blip2x import encode_captions, encode_for_qformer, encode_prompts, images_by_text, list_texts
 
 IMAGE_TOKEN = "<image>"
@@ -54,6 +56,8 @@ class Blip2xProcessor(ProcessorMixin):
         tokenizer: the Q-Former's (stage 1) or the language model's (stage 2).
         qformer_tokenizer: stage 2 only, where the Q-Former reads the text too.
         num_query_tokens: queries of the stage-2 model, the number of placeholders an image takes; None for stage 1.
+        is_encoder_decoder: of the language model, which decides whether its prompts end (see text_layout_blip2x.py); None
+            where it is not known.
     """
 
     def __init__(
@@ -63,19 +67,24 @@ class Blip2xProcessor(ProcessorMixin):
         qformer_tokenizer=None,
         num_query_tokens: int | None = None,
         chat_template=None,
+        is_encoder_decoder: bool | None = None,
     ):
         tokenizer = copy.deepcopy(tokenizer)
         if num_query_tokens is None:
             if tokenizer.bos_token is None:
                 tokenizer.add_special_tokens({"bos_token": DEC_TOKEN})
             tokenizer.padding_side = "right"
+            # Whoever calls the tokenizer itself reads `[SEP]` in a caption as words too.
+            tokenizer.split_special_tokens = tokenizer.init_kwargs["split_special_tokens"] = True
         else:
             tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
             tokenizer.padding_side = "left"
+            if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+                tokenizer.eos_token = tokenizer.sep_token  # texts of BERT's tokenizers end there
             chat_template = chat_template or CHAT_TEMPLATE
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token  # Llama and GPT-2 have none; masked anyway
-        self.num_query_tokens = num_query_tokens
+        self.num_query_tokens, self.is_encoder_decoder = num_query_tokens, is_encoder_decoder
         self.image_token = IMAGE_TOKEN if num_query_tokens is not None else None
         self.image_token_id = None if num_query_tokens is None else tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.qformer_tokenizer = qformer_tokenizer
@@ -94,9 +103,11 @@ class Blip2xProcessor(ProcessorMixin):
             images: one image (PIL, array, tensor, path, address, bytes, ...), a list of images, or for each text a list of
                 its images: [[a, b], [c], []].
             text: one string or a list. `<image>` says where an image goes; the images of a text without it go first. A
-                flat list of images is dealt out by the `<image>`s of the texts, or one image to each text.
+                flat list of images is dealt out by the `<image>`s of the texts, or one image to each text. Other special
+                tokens that a text spells are words, but for those that a chat template of the checkpoint's own writes.
             kwargs: arguments of transformers' tokenizers and image processors, also in groups (text_kwargs,
-                images_kwargs). max_length is that of input_ids, image tokens included; only words are ever cut. Stage 1
+                images_kwargs). split_special_tokens=True makes all of them words, `<image>` too, and False none.
+                max_length is that of input_ids, image tokens included; only words are ever cut. Stage 1
                 hands all of the text's to the tokenizer.
 
         Raises:
@@ -126,7 +137,8 @@ class Blip2xProcessor(ProcessorMixin):
         """Arguments for the text, over the defaults that came with the tokenizer, and for the images."""
         takes = getattr(self.image_processor, "valid_kwargs", ImagesKwargs)
         of_text, of_images = split_arguments(kwargs, {*takes.__annotations__, *ImagesKwargs.__annotations__})
-        settings = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in TEXT_ARGUMENTS}
+        kept = TEXT_ARGUMENTS - {"split_special_tokens"}  # what counts is said here, not by how a tokenizer was saved
+        settings = {name: value for name, value in self.tokenizer.init_kwargs.items() if name in kept}
         defaults = {name: getattr(self.tokenizer, name, value) for name, value in settings.items() if value is not None}
         if "max_length" in defaults and "max_length" not in of_text:
             defaults.setdefault("truncation", False)  # only a caller's max_length means by itself that texts are cut
@@ -154,12 +166,40 @@ class Blip2xProcessor(ProcessorMixin):
         refuse(options, NOT_OF_PROMPTS)
         has_text = texts is not None
         texts = texts if has_text else [""] * len(images)
-        layout = (IMAGE_TOKEN, self.num_query_tokens)
-        counts = images_by_text(texts, images, nested, *layout)
-        features = encode_prompts(self.tokenizer, texts, counts, *layout, options)
+        layout = self.text_layout
+        special = [] if options.get("split_special_tokens") else [IMAGE_TOKEN, *self._written_by_template(layout)]
+        token = special[0] if special else ""
+        counts = images_by_text(texts, images, nested, token, self.num_query_tokens)
+        features = encode_prompts(layout, texts, counts, special, options)
         if has_text and self.qformer_tokenizer is not None and any(counts):
-            features |= encode_for_qformer(self.qformer_tokenizer, texts, counts, IMAGE_TOKEN, options)
+            features |= encode_for_qformer(self.qformer_tokenizer, texts, counts, token, options)
         return features
+
+    @property
+    def text_layout(self) -> TextLayout:
+        """Where texts of the language model begin and end, for a stage-2 processor."""
+        return TextLayout(self.tokenizer, self.image_token_id, self.num_query_tokens, self.is_encoder_decoder)
+
+    @property
+    def has_own_chat_template(self) -> bool:
+        """Whether a stage-2 checkpoint brings a chat template other than the one here, which writes no special tokens."""
+        return self.num_query_tokens is not None and self.chat_template != CHAT_TEMPLATE
+
+    def _written_by_template(self, layout: TextLayout) -> list[str]:
+        """Special tokens that the chat template writes, such as `<|im_start|>`, by themselves or by name."""
+        if not self.has_own_chat_template:
+            return []
+        template = str(self.chat_template)
+        named = {value for name, value in self.tokenizer.special_tokens_map.items() if name in template}
+        return [token for token in layout.words.special if token in template or token in named]
+
+    def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
+        """As in transformers. Special tokens are those that the template writes; what a message spells are words."""
+        if chat_template is not None and kwargs.get("tokenize"):
+            processor_kwargs = {"split_special_tokens": False, **(processor_kwargs or {})}
+        if chat_template is not None or self.has_own_chat_template:
+            conversation = _without_special(conversation, PlainWords(self.tokenizer))
+        return super().apply_chat_template(conversation, chat_template, processor_kwargs=processor_kwargs, **kwargs)
 
     def batch_decode_new(self, ids, input_ids=None) -> list[str]:
         """Text that `generate` wrote after the prompt, up to the end token, for models of every kind.
@@ -238,6 +278,20 @@ class Blip2xProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         names = ["pixel_values", "input_ids", "attention_mask"]
         return names + (["qformer_input_ids", "qformer_attention_mask"] if self.qformer_tokenizer is not None else [])
+
+
+def _without_special(part, words: PlainWords):
+    """Messages, or a part of one, with a space in each special token that a text spells, but `<image>`."""
+    if isinstance(part, str):
+        return words.broken(part, [IMAGE_TOKEN])[0]
+    if isinstance(part, (list, tuple)):
+        return [_without_special(one, words) for one in part]
+    if isinstance(part, Mapping):
+        return {
+            name: _without_special(value, words) if name in ("content", "text") else value
+            for name, value in part.items()
+        }
+    return part
 
 
 __all__ = ["Blip2xProcessor"]

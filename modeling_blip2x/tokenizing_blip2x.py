@@ -3,8 +3,9 @@
     "<image> what is it ?"          image tokens, BOS, words        the order BLIP-2 was trained with
     "look at <image> what is it ?"  BOS, words, image tokens, words
 
-The tokenizer lays out its own special tokens, whatever they are; each `<image>` becomes one token in between, which is
-then repeated for the Q queries of the image. Images without a word before them come first of all, before BOS.
+The special tokens around the words are those of text_layout_blip2x.py; each `<image>` becomes one token in between, which
+is then repeated for the Q queries of the image. Images that no word stands before come first of all. No other special
+token that a text spells counts: see `split_special_tokens` in processing_blip2x.py.
 """
 
 import re
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TruncationStrategy
 
 from .arguments_blip2x import OF_PROMPTS, refuse
+from .plain_words_blip2x import PlainWords
+from .text_layout_blip2x import TextLayout
 
 
 def list_texts(text: str | list, split_into_words: bool = False) -> list:
@@ -31,6 +34,14 @@ def list_texts(text: str | list, split_into_words: bool = False) -> list:
             raise ValueError(
                 f"text must be a string or a list of strings, but text[{number}] got {one!r} ({type(one).__name__})."
             )
+        if not one.isascii():
+            try:
+                one.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"text[{number}] is no UTF-8: it has half of a surrogate pair, {one[error.start]!r}, at character "
+                    f"{error.start}. Decode it with errors='replace', or leave it out."
+                ) from error
     return texts
 
 
@@ -41,16 +52,20 @@ def encode_captions(tokenizer: PreTrainedTokenizerBase, texts: list, options: di
     arguments = {"return_token_type_ids": False} | {n: v for n, v in options.items() if n != "return_tensors"}
     if isinstance(arguments.get("text_pair"), str):
         arguments["text_pair"] = [arguments["text_pair"]]
-    return dict(tokenizer(texts, **arguments))
+    if arguments.get("is_split_into_words") or arguments.get("split_special_tokens") is False:
+        return dict(tokenizer(texts, **arguments))
+    return dict(PlainWords(tokenizer).batch(texts, **arguments))
 
 
 def images_by_text(texts: list[str], images: list[list] | list, nested: bool, token: str, queries: int) -> list[int]:
     """How many images each text has: by nested lists of them, by the `<image>`s in the texts, else one each.
 
+    token: what stands for an image in a text; "" where nothing does.
+
     Raises:
         ValueError: images and texts, or a text's images and its `<image>`s, differ in number.
     """
-    found = [text.count(token) for text in texts]
+    found = [text.count(token) if token else 0 for text in texts]
     if nested:
         if len(images) != len(texts):
             raise ValueError(f"Got {len(images)} lists of images and {len(texts)} texts. Pass one list for each text.")
@@ -72,7 +87,8 @@ def images_by_text(texts: list[str], images: list[list] | list, nested: bool, to
         if number not in (0, count, count * queries):
             raise ValueError(
                 f"The text {text!r} has {_counted(number, f'{token} placeholder')}, but was given {_counted(count, 'image')}. "
-                f"Write {token} once for each image, or leave it out: then the images go first."
+                f"Write {token} once for each image, or leave it out: then the images go first. Where it is "
+                "a word, pass split_special_tokens=True."
             )
     return counts
 
@@ -94,16 +110,18 @@ def cuts(options: dict) -> bool:
 
 
 def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], counts: list[int], token: str, queries: int, options: dict
+    layout: TextLayout, texts: list[str], counts: list[int], special: list[str], options: dict
 ) -> dict[str, list]:
     """input_ids, attention_mask and what else `options` ask for, each a list of rows; padded if they ask for it.
 
     Args:
-        counts: images of each text, as `images_by_text` gives them. queries: image tokens of an image.
+        counts: images of each text, as `images_by_text` gives them.
+        special: the special tokens that count in a text; the first is what stands for an image.
         options: arguments of the text, without `NOT_OF_PROMPTS`. max_length counts image tokens too, but only words are ever cut.
 
     Offsets are those of the text as given; image tokens have (0, 0), and 1 in the special tokens mask.
     """
+    tokenizer = layout.words.tokenizer
     padding, multiple = options.get("padding", False), options.get("pad_to_multiple_of")
     max_length, cut = options.get("max_length"), cuts(options)
     longest = tokenizer.model_max_length if max_length is None else max_length
@@ -114,8 +132,8 @@ def encode_prompts(
         )
     rows = []
     for text, count in zip(texts, counts):
-        row, is_word = _encode(tokenizer, text, count, token, queries, options, warns=not cut)
-        rows.append(_cut(row, is_word, longest, tokenizer.truncation_side, count * queries) if cut else row)
+        row, is_word = _encode(layout, text, count, special, options, warns=not cut)
+        rows.append(_cut(row, is_word, longest, tokenizer.truncation_side, count * layout.queries) if cut else row)
     batch = {name: [row[name] for row in rows] for name in rows[0]}
     if padding:
         _pad(tokenizer, batch, padding, None if cut and padding != "max_length" else max_length, multiple, options)
@@ -124,47 +142,60 @@ def encode_prompts(
     if options.get("return_length"):
         batch["length"] = [len(ids) for ids in batch["input_ids"]]
     if options.get("return_mm_token_type_ids"):
-        image_id = tokenizer.convert_tokens_to_ids(token)
-        batch["mm_token_type_ids"] = [[int(number == image_id) for number in ids] for ids in batch["input_ids"]]
+        batch["mm_token_type_ids"] = [[int(number == layout.image_id) for number in ids] for ids in batch["input_ids"]]
     if options.get("return_text_replacement_offsets"):
         batch["text_replacement_offsets"] = [[] for _ in rows]  # offsets are of the text as given: none has moved
     return batch
 
 
 def _encode(
-    tokenizer: PreTrainedTokenizerBase, text: str, images: int, token: str, queries: int, options: dict, warns: bool
+    layout: TextLayout, text: str, images: int, special: list[str], options: dict, warns: bool
 ) -> tuple[dict[str, list], list[bool]]:
     """One prompt of any length, column by column, and which of its tokens are words."""
-    found = text.count(token)
-    copies = 1 if found == images * queries else queries  # laid out already, or one `<image>` for each image
-    start = re.match(rf"(?:\s*{re.escape(token)})+", text)
-    leading = images if not found else start.group().count(token) if start else 0
-    begin = start.end() if start else 0
-    row = tokenizer(
-        text[begin:],
-        add_special_tokens=options.get("add_special_tokens", True),
-        return_special_tokens_mask=True,
-        return_token_type_ids=bool(options.get("return_token_type_ids")),
-        return_offsets_mapping=bool(options.get("return_offsets_mapping")),
-        verbose=warns and options.get("verbose", True),
-    )
-    image_id = tokenizer.convert_tokens_to_ids(token)
-    source = [None] * leading * (queries if not found else copies)  # places in `row`; None is an image token
-    for place, number in enumerate(row["input_ids"]):
-        source += [None] * copies if number == image_id else [place]
-    special = row["special_tokens_mask"]
+    token = special[0] if special else ""
+    found = text.count(token) if token else 0
+    # Laid out already, or an `<image>` for each image.
+    copies = 1 if found == images * layout.queries else layout.queries
+    start = re.match(rf"(?:\s*{re.escape(token)})+", text) if found else None
+    begin, leading = (start.end(), start.group().count(token) * copies) if start else (0, 0)
+    row = _words(layout, text[begin:], special, options, warns)
+    before, after = (layout.before, layout.after) if options.get("add_special_tokens", True) else ([], [])
+    if row["input_ids"][: len(before)] == before:
+        before = []  # a chat template has written it
+    enclosed = [*before, *row["input_ids"], *after]
+    first, last = len(before), len(before) + len(row["input_ids"])  # where the words are
+    source = [None] * (leading if found else images * layout.queries)  # places in `enclosed`; None is an image token
+    for place, number in enumerate(enclosed):
+        source += [None] * copies if number == layout.image_id else [place]
+
+    def column(name: str, other: object) -> list:
+        return [row[name][place - first] if place is not None and first <= place < last else other for place in source]
+
+    is_word = [place is not None and first <= place < last for place in source]
     columns = {
-        "input_ids": [image_id if place is None else row["input_ids"][place] for place in source],
+        "input_ids": [layout.image_id if place is None else enclosed[place] for place in source],
         "attention_mask": [1] * len(source),
     }
     if options.get("return_token_type_ids"):
-        columns["token_type_ids"] = [0 if place is None else row["token_type_ids"][place] for place in source]
+        columns["token_type_ids"] = column("token_type_ids", 0)
     if options.get("return_special_tokens_mask"):
-        columns["special_tokens_mask"] = [1 if place is None else special[place] for place in source]
+        columns["special_tokens_mask"] = [int(not word) for word in is_word]
     if options.get("return_offsets_mapping"):
-        spans = [(0, 0) if place is None else row["offset_mapping"][place] for place in source]
+        spans = column("offset_mapping", (0, 0))
         columns["offset_mapping"] = [(a + begin, b + begin) if b > a else (0, 0) for a, b in spans]
-    return columns, [place is not None and not special[place] for place in source]
+    return columns, is_word
+
+
+def _words(layout: TextLayout, text: str, special: list[str], options: dict, warns: bool) -> dict[str, list]:
+    """The tokenizer's columns for the words of a prompt, without special tokens around them."""
+    asked = {
+        "return_token_type_ids": bool(options.get("return_token_type_ids")),
+        "return_offsets_mapping": bool(options.get("return_offsets_mapping")),
+        "verbose": warns and options.get("verbose", True),
+    }
+    if options.get("split_special_tokens") is False:
+        return layout.words.row_with_all(text, **asked)
+    return layout.words.row_with(special, text, **asked)
 
 
 def _cut(row: dict[str, list], is_word: list[bool], longest: int, side: str, image_tokens: int) -> dict[str, list]:
@@ -207,11 +238,12 @@ def encode_for_qformer(
     Cut and padded as the prompt is, but on the right, with its own special tokens, and never to more than its tokenizer's
     model_max_length. max_length counts its own tokens alone.
     """
-    plain = [text.replace(token, " ").strip() for text, count in zip(texts, counts) for _ in range(count)]
+    plain = [text.replace(token, " ").strip() if token else text for text in texts]
+    plain = [text for text, count in zip(plain, counts) for _ in range(count)]
     padding, cut, max_length = options.get("padding", False), cuts(options), options.get("max_length")
     if max_length is not None:
         max_length = min(max_length, tokenizer.model_max_length) if cut or padding == "max_length" else None
-    encoded = tokenizer(
+    encoded = PlainWords(tokenizer).batch(
         plain,
         padding=padding,
         padding_side="right",

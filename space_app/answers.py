@@ -48,9 +48,15 @@ def different(texts: list[str]) -> list[str]:
     return list(dict.fromkeys(text.strip() for text in texts))
 
 
-def prompt_inputs(part: Part, image: Image.Image, text: str) -> BatchFeature:
-    """Inputs of generate for one image and a text; the tower's features stand for the pixels."""
-    inputs = part.processor(images=[image], text=[text], return_tensors="pt").to(part.model.device)
+def prompt_inputs(part: Part, image: Image.Image, text: str, from_template: bool = False) -> BatchFeature:
+    """Inputs of generate for one image and a text; the tower's features stand for the pixels.
+
+    What a visitor writes are words, also where it spells a special token; a chat template of the checkpoint's own may
+    have written some.
+    """
+    words = None if from_template else True
+    inputs = part.processor(images=[image], text=[text], split_special_tokens=words, return_tensors="pt")
+    inputs = inputs.to(part.model.device)
     del inputs["pixel_values"]
     inputs["vision_embeds"] = part.see([image])
     return inputs
@@ -92,7 +98,7 @@ def question_inputs(
     """Inputs for a question after as many of the last turns as fit, and how many of the first were left out."""
     for dropped in range(len(history) + 1):
         text = chat_text(part, question, history[dropped:])
-        inputs = prompt_inputs(part, image, text)
+        inputs = prompt_inputs(part, image, text, from_template=part.processor.has_own_chat_template)
         if _fits(part, inputs, settings.max_length):
             break
     return inputs, dropped
@@ -103,7 +109,12 @@ def chat_text(part: Part, question: str, history: list[tuple[str, str]]) -> str:
     messages = []
     for asked, answered in history:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered.rstrip(". ")}]
-    return part.processor.apply_chat_template([*messages, {"role": "user", "content": question}])
+    messages.append({"role": "user", "content": question})
+    if part.processor.has_own_chat_template:  # whose special tokens count, but no `<image>` of a visitor's
+        token = part.processor.image_token
+        for message in messages:
+            message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
+    return part.processor.apply_chat_template(messages)
 
 
 def answer(

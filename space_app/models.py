@@ -170,6 +170,8 @@ def load_part(checkpoint: str, device: str, dtype: str, quantization: str) -> Pa
         model.to(device)
     processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=carried)
     model.check_processor(processor)
+    if config.text_config is not None:
+        processor.is_encoder_decoder = model.config.is_encoder_decoder  # older checkpoints do not say it there
     return Part(name_of(checkpoint), checkpoint, model, processor, quantization)
 
 

@@ -41,6 +41,7 @@ from blip2x_training.data.rows import Rows, require_column
 from blip2x_training.models.loading import is_stage1, load_model
 from blip2x_training.system.atomic_files import write_whole
 from blip2x_training.system.fingerprints import weights_fingerprint
+from blip2x_training.system.utf8 import not_utf8
 from modeling_blip2x import Blip2xProcessor
 
 CAPTION_COLUMNS = ("text", "caption", "captions")
@@ -118,7 +119,7 @@ def web_captions(rows: datasets.Dataset | Rows, column: str | None) -> list[list
         return [[] for _ in range(len(rows))]
     require_column(rows, column, "text_column")
     values = [[value] if isinstance(value, str) else value or [] for value in rows[column][:]]
-    return [[text for text in value if isinstance(text, str)] for value in values]
+    return [[text for text in value if isinstance(text, str) and not not_utf8(text)] for value in values]
 
 
 def caption(

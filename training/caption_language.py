@@ -27,6 +27,7 @@ from blip2x_training.arguments.base import BIG, Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import read_captions
 from blip2x_training.data.formats import load_rows
+from modeling_blip2x.plain_words_blip2x import PlainWords
 
 
 @dataclass
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def encode(captions: list[str]) -> list[dict]:
-        return [{"input_ids": [*ids, 2]} for ids in tokenizer(captions)["input_ids"]]
+        return [{"input_ids": [*ids, 2]} for ids in PlainWords(tokenizer).batch(captions)["input_ids"]]
 
     trainer = Trainer(
         model,

@@ -10,7 +10,7 @@ continues from the last whole checkpoint. --help lists the fields.
 
 import sys
 
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor
 
 from blip2x_training.arguments.finetuning import FinetuneArguments
 from blip2x_training.arguments.parsing import parse_arguments
@@ -19,6 +19,7 @@ from blip2x_training.data.splits import load_splits, steps_of
 from blip2x_training.engine.fit import already_finished, fit
 from blip2x_training.engine.start import start_run
 from blip2x_training.engine.tasks import image_text_task, language_task
+from blip2x_training.models.loading import load_language_tokenizer
 from blip2x_training.models.quantize import four_bits, load_language_model_in_4bit, mark_as_quantized
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.configuration_blip2x import OBJECTIVES
@@ -72,7 +73,7 @@ def load_language_side(args, image_processor) -> tuple[Blip2xForConditionalGener
         language_model = args.language_model
         if args.load_in_4bit:
             language_model = load_language_model_in_4bit(args.language_model, args.bf16)
-        tokenizer = AutoTokenizer.from_pretrained(args.language_model)
+        tokenizer = load_language_tokenizer(args.language_model, args.end_token)
         processor = Blip2xProcessor(image_processor, tokenizer, reader, config.num_query_tokens)
         model = Blip2xForConditionalGeneration.from_stage1(
             args.init_from,
@@ -99,7 +100,9 @@ def load_language_side(args, image_processor) -> tuple[Blip2xForConditionalGener
         )
     quantization = {"quantization_config": four_bits(args.bf16)} if args.load_in_4bit else {}
     model = Blip2xForConditionalGeneration.from_pretrained(args.init_from, **quantization)
-    return model, Blip2xProcessor(image_processor, saved.tokenizer, reader, config.num_query_tokens)
+    return model, Blip2xProcessor(
+        image_processor, saved.tokenizer, reader, config.num_query_tokens, chat_template=saved.chat_template
+    )
 
 
 def choose_trained_parts(model, train_vision: bool) -> None:

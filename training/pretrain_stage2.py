@@ -8,7 +8,7 @@ The same command again continues from the last whole checkpoint. --help lists th
 
 import sys
 
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.pretraining import Stage2Arguments
@@ -17,7 +17,7 @@ from blip2x_training.data.splits import load_splits, steps_of
 from blip2x_training.engine.fit import already_finished, fit
 from blip2x_training.engine.start import start_run
 from blip2x_training.engine.tasks import language_task
-from blip2x_training.models.loading import read_stage1_config
+from blip2x_training.models.loading import load_language_tokenizer, read_stage1_config
 from blip2x_training.models.quantize import load_language_model_in_4bit, mark_as_quantized
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor, Blip2xQFormerConfig
 
@@ -25,6 +25,7 @@ from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor, Bli
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Stage2Arguments, sys.argv[1:] if argv is None else argv)
     accelerator = start_run(args)
+    tokenizer = load_language_tokenizer(args.language_model, args.end_token)  # before anything slow
 
     image_processor = load_image_processor(args.init_from or args.vision_model, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor, args.prompt)
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
         return
 
-    model, processor = build_model(args, image_processor)
+    model, processor = build_model(args, image_processor, tokenizer)
     if args.load_in_4bit:
         mark_as_quantized(model)
     model.freeze_unimodal()
@@ -40,9 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     fit(args, accelerator, model, processor, train_set, eval_set, task)
 
 
-def build_model(args: Stage2Arguments, image_processor) -> tuple[Blip2xForConditionalGeneration, Blip2xProcessor]:
+def build_model(
+    args: Stage2Arguments, image_processor, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Blip2xForConditionalGeneration, Blip2xProcessor]:
     """From a stage-1 folder, or around a tower without stage 1; with the processor that fits."""
-    tokenizer = AutoTokenizer.from_pretrained(args.language_model)
     language_model = args.language_model
     if args.load_in_4bit:
         language_model = load_language_model_in_4bit(args.language_model, args.bf16)

@@ -20,6 +20,7 @@ from blip2x_training.arguments.base import BIG, TINY, Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import read_captions
 from blip2x_training.data.formats import load_rows
+from modeling_blip2x.plain_words_blip2x import PlainWords
 
 
 @dataclass
@@ -47,7 +48,8 @@ class TrimArguments(Arguments):
 
 def used_ids(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[int]:
     """Ids that `texts` use, special tokens, and single characters for words of other texts; ascending."""
-    used = {token for ids in tokenizer(texts)["input_ids"] for token in ids} | set(tokenizer.all_special_ids)
+    encoded = PlainWords(tokenizer).batch(texts)["input_ids"]
+    used = {token for ids in encoded for token in ids} | set(tokenizer.all_special_ids)
     used |= {
         token
         for piece, token in tokenizer.get_vocab().items()

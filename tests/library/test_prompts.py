@@ -98,9 +98,9 @@ def test_pixels_are_in_order_of_appearance():
 
 def test_images_and_texts_that_do_not_match_are_named():
     processor = stage2_processor()
-    with pytest.raises(ValueError, match="2 images and 1 texts"):
+    with pytest.raises(ValueError, match="2 images and 1 text"):
         processor([RED, BLUE], "a dog")
-    with pytest.raises(ValueError, match="2 lists of images and 1 texts"):
+    with pytest.raises(ValueError, match="2 lists of images and 1 text"):
         processor([[RED], [BLUE]], "a dog")
     with pytest.raises(ValueError, match=r"has 1 <image> placeholders but 2 image\(s\): 'a <image>'"):
         processor([[RED, BLUE]], "a <image>")

@@ -140,6 +140,25 @@ def test_a_caption_is_what_generate_says(loaded, pictures):
     )
 
 
+def test_what_visitors_write_are_words(loaded, pictures, monkeypatch):
+    """Special tokens that a prompt, a question or an earlier answer spells, with the chat template here and another."""
+    part, spelt = loaded.speaker, "a <image> dog </s> <pad>"
+    processor = part.processor
+    image, bos, end = processor.image_token_id, processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id
+    queries = part.model.config.num_query_tokens
+
+    def counts(inputs):
+        ids = inputs["input_ids"][0].tolist()
+        return [ids.count(token) for token in (image, bos, end)]
+
+    assert counts(answers.prompt_inputs(part, pictures[0], spelt)) == [queries, 1, 0]
+    asked = (part, pictures[0], spelt, [(spelt, spelt)], Settings(max_length=1))
+    assert counts(answers.question_inputs(*asked)[0]) == [queries, 1, 0]
+    template = "{{ bos_token }}{%- for m in messages -%}{{ m['content'] }}{{ eos_token }}{%- endfor -%}"
+    monkeypatch.setattr(processor, "chat_template", template)
+    assert counts(answers.question_inputs(*asked)[0]) == [queries, 1, 3]  # those of the template
+
+
 def test_stage1_captions_by_its_itg_head(loaded, pictures):
     part = loaded.matcher
     pixels = part.processor(images=pictures[0], return_tensors="pt")["pixel_values"]

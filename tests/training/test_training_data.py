@@ -157,10 +157,10 @@ def test_causal_labels_cover_text_and_end_only():
     assert ids[0].tolist() == [99, 99, bos, *prompt, *text, end, tokenizer.pad_token_id]
     assert labels[0].tolist() == [-100] * 6 + [*text, end, -100]
     assert batch["attention_mask"][0].tolist() == [1] * 9 + [0]
-    collate.max_text_length = 3  # a long prompt keeps its end and leaves half of the room, at least, for the text
+    collate.max_text_length = 4  # a long prompt keeps its end and leaves half of the room, at least, for the text
     short = collate(items("a dog", prompt="a photo of"))
-    assert short["input_ids"][0].tolist() == [99, 99, prompt[-1], *text]
-    assert short["labels"][0].tolist() == [-100] * 3 + text
+    assert short["input_ids"][0].tolist() == [99, 99, bos, prompt[-1], *text]
+    assert short["labels"][0].tolist() == [-100] * 4 + text
 
 
 @pytest.mark.parametrize("kind", [CausalLMCollator, Seq2SeqLMCollator])

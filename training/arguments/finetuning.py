@@ -7,11 +7,11 @@ from modeling_blip2x.configuration_blip2x import OBJECTIVES
 from .base import BIG, TINY, doc
 from .training import RunArguments
 
-TASKS = {  # task: its prompt, whether crops and flips are harmless, whether captions are cleaned
-    "caption": ("a photo of", True, True),
-    "vqa": ("Question: {} Answer:", False, False),  # a flip turns left into right, a crop changes counts
-    "instruct": ("{}", False, False),
-    "retrieval": ("", True, True),
+TASKS = {  # task: its prompt, whether crops and flips are harmless, whether captions are cleaned, its longest text in tokens
+    "caption": ("a photo of", True, True, 32),
+    "vqa": ("Question: {} Answer:", False, False, 64),  # a flip turns left into right, a crop changes counts
+    "instruct": ("{}", False, False, 256),  # answers of several sentences
+    "retrieval": ("", True, True, 32),
 }
 
 
@@ -22,6 +22,10 @@ class FinetuneArguments(RunArguments):
     task: str | None = doc(None, f"One of {', '.join(TASKS)}. Required.")
     init_from: str | None = doc(None, "Checkpoint folder or id to tune: stage 2, or stage 1 for retrieval. Required.")
     language_model: str | None = doc(None, "Id or folder of the frozen LLM, where init_from is a stage-1 folder.")
+    end_token: str | None = doc(
+        None,
+        "Token that ends a text, where the language model's tokenizer names none: null takes its eos or sep token.",
+    )
     load_in_4bit: bool = doc(False, "The language model in 4 bits; with --lora lm this is QLoRA. Needs bitsandbytes.")
     prompt: str | None = doc(
         None,
@@ -35,6 +39,11 @@ class FinetuneArguments(RunArguments):
         None, "Random crops and flips; null is what suits the task, that is not vqa and instruct."
     )
     clean_captions: bool | None = doc(None, "As in pre-training; null is what suits the task.")
+    max_text_length: int | None = doc(
+        None,
+        "Longest prompt and text in tokens; null is what suits the task: 32, 64 for vqa, 256 for instruct. Texts that are "
+        "cut are not taught to end.",
+    )
     num_train_epochs: float = doc(5.0, "Passes over the images, used when max_steps is null.")
     learning_rate: float = doc(1e-5, "Peak learning rate.")
     min_learning_rate: float = doc(0.0, "Learning rate at the end of the cosine.")
@@ -47,7 +56,8 @@ class FinetuneArguments(RunArguments):
 
     def __post_init__(self):
         if self.task in TASKS:
-            prompt, augment, clean = TASKS[self.task]
+            prompt, augment, clean, longest = TASKS[self.task]
+            self.max_text_length = longest if self.max_text_length is None else self.max_text_length
             self.prompt = prompt if self.prompt is None else self.prompt
             self.augment = (augment and not self.feature_cache) if self.augment is None else self.augment
             self.clean_captions = clean if self.clean_captions is None else self.clean_captions
@@ -67,6 +77,10 @@ class FinetuneArguments(RunArguments):
         found = super().problems()
         if self.task in ("vqa", "instruct") and "{}" not in self.prompt:
             found.append(f"--prompt is {self.prompt!r}, but needs {{}} where the question goes.")
+        if self.end_token and not self.language_model:
+            found.append(
+                "--end_token has no effect without --language_model: a stage-2 folder has its own. Leave it out."
+            )
         if self.train_vision and self.feature_cache:
             found.append("--train_vision is true, but --feature_cache skips the tower. Drop one.")
         if self.layer_decay != 1.0 and not self.train_vision:

@@ -100,6 +100,10 @@ class Stage2Arguments(NewModelArguments):
 
     init_from: str | None = doc(None, "Stage-1 folder whose vision tower, Q-Former and queries are taken over.")
     language_model: str | None = doc(None, "Id or folder of the frozen LLM, decoder-only or encoder-decoder. Required.")
+    end_token: str | None = doc(
+        None,
+        "Token that ends a text, where the language model's tokenizer names none: null takes its eos or sep token.",
+    )
     load_in_4bit: bool = doc(False, "The language model in 4 bits; with --lora lm this is QLoRA. Needs bitsandbytes.")
     prompt: str = doc("", "Text before each supervised text; it is not supervised itself.")
     prompt_column: str | None = doc(

@@ -38,7 +38,7 @@ class RunArguments(Arguments):
         0.01, "Bad rows are skipped and listed in skipped.jsonl; a larger share stops the run."
     )
     clean_captions: bool = doc(True, 'Lower-case and strip . ! " ( ) * # : ; ~ as published; at most 50 words.')
-    max_text_length: int = doc(32, "Longest text in tokens; longer ones are cut.")
+    max_text_length: int = doc(32, "Longest text in tokens; longer ones are cut, and not taught to end.")
     augment: bool = doc(True, "RandomResizedCrop(0.5, 1, bicubic) and horizontal flip of training images.")
     image_size: int | None = doc(None, "Side of the square image in pixels; null takes the image processor's own.")
     feature_cache: str | None = doc(

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor
+from modeling_blip2x.plain_words_blip2x import PlainWords
 
 from ..data.transforms import clean_caption
 from ..models.loading import is_stage1
@@ -93,7 +94,8 @@ def sample_captions(
         ids = model.generate(**options)
         texts = processor.batch_decode_new(ids)
     else:
-        inputs = processor(images=images, text=[prompt] * batch, padding=True, return_tensors="pt").to(model.device)
+        texts = {"text": [prompt] * batch, "split_special_tokens": True, "padding": True}
+        inputs = processor(images=images, **texts, return_tensors="pt").to(model.device)
         del inputs["pixel_values"]  # the tower has seen them
         ids = model.generate(**inputs, **options)
         texts = processor.batch_decode_new(ids, inputs["input_ids"])
@@ -129,9 +131,11 @@ def score(
     if not texts:
         return
     owner = torch.tensor(owner, device=model.device)
-    encoded = processor.tokenizer(
-        texts, padding=True, truncation=True, max_length=max_text_length, return_tensors="pt"
-    ).to(model.device)
+    encoded = (
+        PlainWords(processor.tokenizer)
+        .batch(texts, padding=True, truncation=True, max_length=max_text_length, return_tensors="pt")
+        .to(model.device)
+    )
     text = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
     scores = torch.zeros(len(texts), device=model.device)
     if "itc" in rank_by:

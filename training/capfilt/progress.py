@@ -13,6 +13,7 @@ from ..data.caption_dataset import ImageDataset
 from ..data.images import image_source
 from ..system.atomic_files import write_whole
 from ..system.fingerprints import differences
+from ..system.utf8 import escaped, json_bytes
 
 
 class Progress:
@@ -48,7 +49,7 @@ class Progress:
 
 
 def json_lines(records: list[dict]) -> bytes:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    return json_bytes("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def write_dataset(images: ImageDataset, records: list[dict], folder: Path, split: str) -> Path:
@@ -78,7 +79,7 @@ def write_dataset(images: ImageDataset, records: list[dict], folder: Path, split
                 image, value = source(record), images.images[record["row"]][images.image_column]
                 content = image.read_bytes() if isinstance(image, Path) else image.getvalue()
                 path = value.get("path") if isinstance(value, dict) else value
-                rows.append(row_of(record, {"bytes": content, "path": path and Path(path).name}))
+                rows.append(row_of(record, {"bytes": content, "path": path and escaped(Path(path).name)}))
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
     os.replace(temporary, target)
     return target

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from ..system.utf8 import escaped, json_bytes
+
 TRIES = 20  # rows that a visit tries before it gives up
 SAMPLE = 1000  # visits that the share of bad rows is at least judged by
 
@@ -106,7 +108,7 @@ class SkipLog:
                 if row_of(report) not in self.written:
                     self.written.add(row_of(report))
                     lines.append(json.dumps(report, ensure_ascii=False) + "\n")
-            file.write("".join(lines).encode())
+            file.write(json_bytes("".join(lines)))
             file.flush()
             self.position = file.tell()
 
@@ -147,9 +149,10 @@ def record_skips(
         )
         if left_out:
             first = left_out[0]
-            accelerator.print(
+            line = (
                 f"{len(left_out)} of {num_rows} rows are left out, the first: row {first['row']} of {first['dataset']}, "
                 f"{first['name']}: {first['reason']}. {path} lists all."
             )
+            accelerator.print(escaped(line))
         dataset.skip_log.start(write=accelerator.is_main_process)
     accelerator.wait_for_everyone()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..system.signals import shield_worker
+from ..system.utf8 import escaped, not_utf8
 from .bad_rows import TRIES, ReportedBatches, Reporting, SkipLog
 from .images import BadRow, image_keys, image_name, keep_encoded, number_images, open_image, opened
 from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
@@ -44,7 +45,8 @@ class ImageDataset(torch.utils.data.Dataset):
             ) from error
 
     def name(self, row: int) -> str:
-        return image_name(self.images[row][self.image_column], self.folder)
+        """What a report calls the image of a row."""
+        return escaped(image_name(self.images[row][self.image_column], self.folder))
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,12 @@ class CaptionDataset(ImageDataset):
             item["image"] = self.open_or_crop(row, rng)
         return item
 
+    def text_of(self, index: int, number: int) -> tuple[str, str]:
+        """Prompt and text of a usable row; `number` chooses among its questions and texts."""
+        question, texts = self.turns[index][number % len(self.turns[index])]
+        prompt = fill_prompt(self.prompt, question) if self.asks else self.prompt
+        return prompt, texts[number % len(texts)]
+
     def open_or_crop(self, row: int, rng: random.Random) -> Image.Image:
         value = self.images[row][self.image_column]
         if self.crop_size is None:
@@ -224,6 +232,10 @@ class JointDataset(torch.utils.data.Dataset):
         part = bisect_right(self.first_rows, index) - 1
         return self.parts[part][epoch, index - self.first_rows[part]]
 
+    def text_of(self, index: int, number: int) -> tuple[str, str]:
+        part = bisect_right(self.first_rows, index) - 1
+        return self.parts[part].text_of(index - self.first_rows[part], number)
+
 
 def fill_prompt(template: str, question: str) -> str:
     """The question at the `{}` of a template such as `Question: {} Answer:`; alone where there is no template."""
@@ -256,6 +268,9 @@ def read_captions(rows: datasets.Dataset | Rows, text_column: str | None, clean:
 
 def read_row(value, question, clean: bool, asks: bool) -> list[Turn]:
     """Turns of a row: one whose texts all answer a question, or one for each of a list of questions."""
+    fault = not_utf8(value, question)
+    if fault is not None:
+        raise BadRow(fault)
     asked = question if isinstance(question, list) else [question]
     if asks and not (asked and all(isinstance(one, str) and one.strip() for one in asked)):
         raise BadRow(f"no question: {question!r}")

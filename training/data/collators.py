@@ -9,6 +9,8 @@ from PIL import Image
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor
 from modeling_blip2x.language_blip2x import IGNORE
+from modeling_blip2x.plain_words_blip2x import PlainWords
+from modeling_blip2x.text_layout_blip2x import TextLayout
 
 
 def collate_images(items: list[dict], image_processor: Any, cropped: bool) -> dict[str, torch.Tensor]:
@@ -47,11 +49,14 @@ def collate_prompts(items: list[dict], qformer_tokenizer: Any | None, max_length
     """What the Q-Former reads, where it reads: the prompt of each row, as the processor gives it in generation."""
     if qformer_tokenizer is None:
         return {}
-    prompts = [item["prompt"] for item in items]
-    encoded = qformer_tokenizer(
-        prompts, padding="longest", truncation=True, max_length=max_length, padding_side="right", return_tensors="pt"
-    )
+    encoded = encode_for_qformer(qformer_tokenizer, [item["prompt"] for item in items], max_length)
     return {"qformer_input_ids": encoded["input_ids"], "qformer_attention_mask": encoded["attention_mask"]}
+
+
+def encode_for_qformer(tokenizer: Any, texts: list[str], max_length: int) -> Any:
+    """Texts as [CLS] text [SEP] with attention_mask, (B, longest), padded on the right; special tokens are words."""
+    options = {"padding": "longest", "padding_side": "right", "truncation": True, "max_length": max_length}
+    return PlainWords(tokenizer).batch(texts, **options, return_tensors="pt")
 
 
 def pad(rows: list[list[int]], value: int, on_left: bool = False) -> torch.Tensor:
@@ -62,12 +67,9 @@ def pad(rows: list[list[int]], value: int, on_left: bool = False) -> torch.Tenso
 
 
 def filler_of(tokenizer: Any) -> int:
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def cut(ids: list[int], end: int, max_length: int) -> list[int]:
-    """`ids` and the end token, or the first `max_length` ids: a text that was cut does not end there."""
-    return [*ids, end] if len(ids) < max_length else ids[:max_length]
+    """Id that rows are padded with, always under a mask of 0."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id)
+    return next(token for token in known if token is not None)
 
 
 @dataclass
@@ -83,20 +85,21 @@ class Stage1Collator:
     cropped: bool
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        text = self.tokenizer(
-            [item["text"] for item in items],
-            padding="longest",
-            padding_side="right",
-            truncation=True,
-            max_length=self.max_text_length,
-            return_tensors="pt",
-        )
+        text = self.encode([item["text"] for item in items])
         return {
             **collate_images(items, self.image_processor, self.cropped),
             "input_ids": text["input_ids"],
             "attention_mask": text["attention_mask"],
             "image_ids": torch.tensor([item["image_id"] for item in items]),
         }
+
+    def encode(self, texts: list[str]) -> Any:
+        """input_ids and attention_mask (B, longest) of texts, cut to `max_text_length`."""
+        return encode_for_qformer(self.tokenizer, texts, self.max_text_length)
+
+    def length(self, prompt: str, text: str) -> int:
+        """Tokens of a text with those around it, of which `max_text_length` are kept."""
+        return len(PlainWords(self.tokenizer).batch([text])["input_ids"][0])
 
 
 @dataclass
@@ -110,6 +113,10 @@ class CausalLMCollator:
     max_text_length: int
     cropped: bool
     qformer_tokenizer: Any | None = None
+    qformer_positions: int = 512
+
+    def __post_init__(self):
+        self.layout = language_layout(self, is_encoder_decoder=False)
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         input_ids, labels = zip(*[self.encode(item["prompt"], item["text"]) for item in items])
@@ -117,7 +124,7 @@ class CausalLMCollator:
         mask = [[1] * length for length in lengths]
         return {
             **collate_images(items, self.image_processor, self.cropped),
-            **collate_prompts(items, self.qformer_tokenizer, self.max_text_length),
+            **collate_prompts(items, self.qformer_tokenizer, min(self.max_text_length, self.qformer_positions)),
             "input_ids": pad(list(input_ids), filler_of(self.tokenizer)),
             "attention_mask": pad(mask, 0),
             "labels": pad(list(labels), IGNORE),
@@ -126,29 +133,26 @@ class CausalLMCollator:
     def encode(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
         """Input ids and labels of one row; `max_text_length` counts prompt, text and end.
 
-        Where they do not fit, a prompt longer than half of it loses its beginning, then the text its end.
+        Where they do not fit, a prompt longer than half of it loses its first words, then the text its last ones.
         """
-        prompt_ids = self.encode_prompt(prompt)
-        whole = without_end(self.tokenizer(f"{prompt} {text}" if prompt else text)["input_ids"], self.tokenizer)
-        # The tokenizer may join the prompt's end with the text's start: supervise from the first token that differs.
-        start = next((i for i, (a, b) in enumerate(zip(prompt_ids, whole)) if a != b), min(len(prompt_ids), len(whole)))
-        target = [*whole[start:], self.tokenizer.eos_token_id]
-        room = max(self.max_text_length - len(target), self.max_text_length // 2)
-        before = whole[:start] if start <= room else whole[start - room : start]
-        target = target[: self.max_text_length - len(before)]  # a text that was cut does not end there
-        images = [self.image_token_id] * self.num_query_tokens
-        return images + before + target, [IGNORE] * (len(images) + len(before)) + target
+        given, target = self.layout.ids(prompt), self.layout.continuation(prompt, text)
+        around = len(self.layout.before)
+        room = max(self.max_text_length - len(target) - 1, self.max_text_length // 2) - around
+        before = self.layout.enclosed(given[-room:] if room > 0 else [])
+        target = self.layout.closed(target, self.max_text_length - len(before) + self.num_query_tokens)
+        return before + target, [IGNORE] * len(before) + target
 
     def answer(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
         """Input ids and labels of a text to score after a prompt, which may be empty."""
         return self.encode(prompt, text)
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        return without_end(self.tokenizer(prompt)["input_ids"], self.tokenizer)
+    def length(self, prompt: str, text: str) -> int:
+        """Tokens of prompt, text and end, of which `max_text_length` are kept."""
+        return len(self.layout.before) + len(self.layout.ids(f"{prompt} {text}" if prompt else text)) + 1
 
     def prompts(self, items: list[dict]) -> dict[str, torch.Tensor]:
         """What `generate` goes on from: image and prompt of each row, padded on the left."""
-        return prompt_batch(self, items, [self.encode_prompt(item["prompt"]) for item in items])
+        return prompt_batch(self, items)
 
 
 @dataclass
@@ -166,71 +170,80 @@ class Seq2SeqLMCollator:
     max_text_length: int
     cropped: bool
     qformer_tokenizer: Any | None = None
+    qformer_positions: int = 512
+
+    def __post_init__(self):
+        self.layout = language_layout(self, is_encoder_decoder=True)
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         inputs, labels = zip(*[self.encode(item["prompt"], item["text"], item["draw"]) for item in items])
         mask = [[1] * len(ids) for ids in inputs]
         return {
             **collate_images(items, self.image_processor, self.cropped),
-            **collate_prompts(items, self.qformer_tokenizer, self.max_text_length),
-            "input_ids": pad(list(inputs), self.tokenizer.pad_token_id),
+            **collate_prompts(items, self.qformer_tokenizer, min(self.max_text_length, self.qformer_positions)),
+            "input_ids": pad(list(inputs), filler_of(self.tokenizer)),
             "attention_mask": pad(mask, 0),
             "labels": pad(list(labels), IGNORE),
         }
 
     def encode(self, prompt: str, text: str, draw: float) -> tuple[list[int], list[int]]:
         """Encoder ids and labels of one row; `draw` in [0, 1) picks the split."""
-        end = self.tokenizer.eos_token_id
-        text_ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        target = cut(text_ids, end, self.max_text_length)
+        words = self.layout.ids(text)
+        target = self.layout.closed(words, self.max_text_length - len(self.layout.opening))
         if prompt:
-            prefix = self.tokenizer(prompt, add_special_tokens=False)["input_ids"][: self.max_text_length - 1]
+            prefix = self.layout.ids(prompt)[: self.max_text_length - 1]
         else:
-            midpoint = min(len(text_ids), self.max_text_length) // 2
+            midpoint = min(len(words), self.max_text_length) // 2
             split = min(1 + int(draw * midpoint), midpoint)  # 1 .. midpoint; 0 for a text of one token
             prefix, target = target[:split], target[split:]
-        return [self.image_token_id] * self.num_query_tokens + prefix + [end], target
+        return self.layout.enclosed(prefix), [*self.layout.opening, *target]
 
     def answer(self, prompt: str, text: str) -> tuple[list[int], list[int]]:
         """Input ids and labels of a text to score after a prompt, which may be empty."""
-        prefix = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        target = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        end = self.tokenizer.eos_token_id
-        return [self.image_token_id] * self.num_query_tokens + [*prefix, end], [*target, end]
+        return self.layout.prompt(prompt), [*self.layout.opening, *self.layout.ids(text), self.layout.end]
+
+    def length(self, prompt: str, text: str) -> int:
+        """Tokens of the text with what is around it, or of the prompt if that is longer; `max_text_length` are kept."""
+        written = len(self.layout.opening) + len(self.layout.ids(text)) + 1
+        return max(written, len(self.layout.ids(prompt)) + 1)
 
     def prompts(self, items: list[dict]) -> dict[str, torch.Tensor]:
         """What `generate` reads: image and prompt of each row."""
-        rows = [self.tokenizer(item["prompt"], add_special_tokens=False)["input_ids"] for item in items]
-        return prompt_batch(self, items, [[*row, self.tokenizer.eos_token_id] for row in rows])
+        return prompt_batch(self, items)
 
 
-def prompt_batch(
-    collator: CausalLMCollator | Seq2SeqLMCollator, items: list[dict], prompts: list[list[int]]
-) -> dict[str, torch.Tensor]:
+def language_layout(collator: CausalLMCollator | Seq2SeqLMCollator, is_encoder_decoder: bool) -> TextLayout:
+    """The layout of a collator's texts. Raises ValueError for a tokenizer that names no end token."""
+    layout = TextLayout(collator.tokenizer, collator.image_token_id, collator.num_query_tokens, is_encoder_decoder)
+    if layout.end is None:
+        raise ValueError(
+            "The language model's tokenizer names no token that ends a text (eos_token or sep_token). Set its eos_token; "
+            "in training, --end_token does."
+        )
+    return layout
+
+
+def prompt_batch(collator: CausalLMCollator | Seq2SeqLMCollator, items: list[dict]) -> dict[str, torch.Tensor]:
     """Images and the ids of their prompts as arguments of `generate`."""
-    rows = [[collator.image_token_id] * collator.num_query_tokens + prompt for prompt in prompts]
+    rows = [collator.layout.prompt(item["prompt"]) for item in items]
     return {
         **collate_images(items, collator.image_processor, collator.cropped),
-        **collate_prompts(items, collator.qformer_tokenizer, collator.max_text_length),
+        **collate_prompts(items, collator.qformer_tokenizer, min(collator.max_text_length, collator.qformer_positions)),
         "input_ids": pad(rows, filler_of(collator.tokenizer), on_left=True),
         "attention_mask": pad([[1] * len(row) for row in rows], 0, on_left=True),
     }
 
 
-def without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """Drop the end token that some tokenizers add to every text."""
-    return (
-        ids[:-1]
-        if ids and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
-        else ids
-    )
-
-
 def language_collator(
     model: Blip2xForConditionalGeneration, processor: Blip2xProcessor, max_text_length: int, cropped: bool
 ) -> CausalLMCollator | Seq2SeqLMCollator:
-    """The collator of a model's kind of language model."""
+    """The collator of a model's kind of language model; the processor lays prompts out as that kind, too."""
+    if processor.is_encoder_decoder is None:
+        processor.is_encoder_decoder = model.config.is_encoder_decoder
     kind = Seq2SeqLMCollator if model.config.is_encoder_decoder else CausalLMCollator
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    if positions is not None:
+        max_text_length = min(max_text_length, positions - model.config.num_query_tokens)
     return kind(
         processor.image_processor,
         processor.tokenizer,
@@ -239,4 +252,5 @@ def language_collator(
         max_text_length,
         cropped,
         processor.qformer_tokenizer,
+        model.config.qformer_config.max_position_embeddings,
     )

@@ -155,7 +155,8 @@ def split_tars(folder: Path, split: str) -> list[str]:
 
 def read_json(path: Path) -> dict | list:
     """Content of a JSON file, or the rows of a JSONL file. Raises ValueError that names the line."""
-    with open(existing(path), encoding="utf-8") as file:
+    # What is no UTF-8 is left out row by row, with its reason.
+    with open(existing(path), encoding="utf-8", errors="surrogateescape") as file:
         if path.suffix == ".json":
             return json.load(file)
         rows = []

@@ -71,7 +71,7 @@ def image_mark(value: dict | str | None, folder: Path | None) -> bytes:
     else:
         name = image_name(value, folder)
         size = Path(name).stat().st_size if Path(name).exists() else None
-    return f"{Path(name).name} {size}\n".encode()
+    return f"{Path(name).name} {size}\n".encode("utf-8", "surrogatepass")
 
 
 @contextmanager

@@ -97,7 +97,7 @@ def split_name(path: str) -> tuple[str, str]:
 def read_columns(ending: str, content: bytes) -> dict:
     """What a text file of a sample brings. One that is damaged brings nothing, so that its row is reported."""
     try:
-        text = content.decode("utf-8").strip()
+        text = content.decode("utf-8", "surrogateescape").strip()  # what is no UTF-8 is told so where rows are read
         if ending != "json":
             return {"text" if ending == "txt" else ending: text}
         columns = json.loads(text)

@@ -16,6 +16,7 @@ from ..data.feature_cache import use_feature_cache
 from ..data.image_processor import has_other_size
 from ..data.order import BatchOrder, visit_order
 from ..data.splits import steps_of
+from ..data.text_lengths import tell_what_is_cut
 from ..models.lora import add_lora
 from ..reporting.health import Watch
 from .best import Best
@@ -71,6 +72,7 @@ def fit(
         use_feature_cache(args.feature_cache, model, processor.image_processor, splits)
 
     open_output_dir(args, accelerator)
+    tell_what_is_cut(accelerator, train_set, task.collate, args.max_text_length)
     batches = batches_from_where_it_stopped(args, accelerator, train_set, eval_set, task, max_steps)
     optimizer = build_optimizer(
         model,

@@ -12,6 +12,7 @@ from ..arguments.pretraining import Stage1Arguments, Stage2Arguments
 from ..data.caption_dataset import CaptionDataset, JointDataset
 from ..data.collators import Stage1Collator, language_collator
 from ..evaluation.validation import validate_image_text, validate_language
+from ..models.loading import agree_on_texts
 from .chunked_step import chunked_step
 from .train_loop import Task, plain_step
 
@@ -73,6 +74,12 @@ def language_task(
 ) -> Task:
     """The language model's loss on the text, given image and prompt. The prompt's template stays in the checkpoint."""
     model.config.prompt_template = prompt_template(args, model.config.is_encoder_decoder)
+    agree_on_texts(model, processor)
+    spelt = [token for token in processor.text_layout.words.special if token in (args.prompt or "")]
+    if spelt:
+        accelerator.print(
+            f"--prompt spells {', '.join(spelt)}: these are words, as in every text and every prompt later."
+        )
     if processor.qformer_tokenizer is None:
         freeze_text_branch(model)
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from modeling_blip2x.language_blip2x import IGNORE
 from modeling_blip2x.outputs_blip2x import Blip2xImageFeatures
+from modeling_blip2x.plain_words_blip2x import PlainWords
 
 from ..data.collators import (
     CausalLMCollator,
@@ -67,7 +68,7 @@ def log_likelihoods(
         input_ids=pad(list(ids), filler_of(collator.tokenizer)).to(model.device),
         attention_mask=pad([[1] * len(row) for row in ids], 0).to(model.device),
         mm_encoder_outputs={"image": Blip2xImageFeatures(pooler_output=queries)},
-        **({"decoder_input_ids": shifted(model, labels)} if model.config.is_encoder_decoder else {}),
+        **({"decoder_input_ids": model.decoder_inputs_of(labels)} if model.config.is_encoder_decoder else {}),
     )
     logits = out.logits
     if not model.config.is_encoder_decoder:
@@ -76,20 +77,16 @@ def log_likelihoods(
     return (-losses.sum(1) / (labels != IGNORE).sum(1)).cpu()
 
 
-def shifted(model: torch.nn.Module, labels: torch.Tensor) -> torch.Tensor:
-    return model.language_model.prepare_decoder_input_ids_from_labels(labels=labels)
-
-
 @torch.no_grad()
 def class_ranker(
     accelerator: Accelerator, checkpoint: Checkpoint, classes: list[str], templates: list[str], max_text_length: int
 ) -> Rank:
     """Cosines of ITC with each class, whose feature is the mean of those of its sentences, as CLIP has it."""
-    model, tokenizer = checkpoint.model, checkpoint.processor.tokenizer
+    model, words = checkpoint.model, PlainWords(checkpoint.processor.tokenizer)
     features = []
     for name in classes:
         sentences = [clean_caption(template.replace("{}", name)) for template in templates]
-        encoded = tokenizer(
+        encoded = words.batch(
             sentences, padding=True, truncation=True, max_length=max_text_length, return_tensors="pt"
         ).to(accelerator.device)
         of_class = model.get_text_features(encoded["input_ids"], encoded["attention_mask"]).pooler_output

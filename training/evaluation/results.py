@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from ..system.atomic_files import write_whole
+from ..system.utf8 import json_bytes
 from .fields import EvaluationArguments
 from .scoring import as_items
 
@@ -28,7 +29,7 @@ def official_results(args: EvaluationArguments, records: list[dict]) -> tuple[st
 
 
 def write_json(path: Path, content: object) -> None:
-    write_whole(path, json.dumps(content, ensure_ascii=False, indent=1).encode())
+    write_whole(path, json_bytes(json.dumps(content, ensure_ascii=False, indent=1)))
 
 
 def write_results(

@@ -55,14 +55,7 @@ class RetrievalSet:
         self.device = accelerator.device
         self.owner = torch.tensor([row for row, texts in enumerate(dataset.texts) for _ in texts])
         self.texts = [text for row in dataset.texts for text in row]
-        encoded = collator.tokenizer(
-            self.texts,
-            padding="longest",
-            padding_side="right",
-            truncation=True,
-            max_length=collator.max_text_length,
-            return_tensors="pt",
-        )
+        encoded = collator.encode(self.texts)
         self.input_ids, self.attention_mask = encoded["input_ids"], encoded["attention_mask"]
         self.kept: dict[int, torch.Tensor] | None = {} if keep_images else None
 

@@ -11,6 +11,7 @@ from ..data.caption_dataset import ImageDataset, fill_prompt
 from ..data.images import NO_NAME, BadRow, image_keys, number_images, open_image
 from ..data.rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
 from ..data.transforms import clean_caption
+from ..system.utf8 import not_utf8
 
 COLUMNS = {  # task: where its texts are looked for
     "caption": ("caption", "captions", "text", "text_output"),
@@ -68,6 +69,11 @@ class EvaluationSet(ImageDataset):
                 f"paths start at {folder or 'the working directory'}; --image_folder changes it."
             )
         self.samples = self.read(rows, keys, text_column, prompt_column, clean_texts, clean_questions)
+        if self.skipped and not self.samples:
+            first = self.skipped[0]
+            raise ValueError(
+                f"None of the {len(keys)} rows of {name} can be used, the first: {first['name']}: {first['reason']}."
+            )
 
     def read(
         self,
@@ -89,11 +95,18 @@ class EvaluationSet(ImageDataset):
             image_id = file_id(self.name(row), row) if ids[row] is None else ids[row]
             return Sample(row, image_id, references, groups=kinds, **others)
 
-        here = [row for row, key in enumerate(keys) if not isinstance(key, BadRow)]
+        questions = [None] * len(keys)
+        if self.task == "vqa":
+            questions = rows[find_column(rows, prompt_column, PROMPT_COLUMNS, "prompt_column")][:]
+        here = []
+        for row, key in enumerate(keys):
+            fault = not_utf8(texts[row], questions[row])
+            if fault is not None and not isinstance(key, BadRow):
+                self.skipped.append(self.report(row, BadRow(fault)))
+            elif not isinstance(key, BadRow):
+                here.append(row)
         samples: list[Sample] = []
         if self.task == "vqa":
-            column = find_column(rows, prompt_column, PROMPT_COLUMNS, "prompt_column")
-            questions = rows[column][:]
             numbers = rows["question_id"][:] if "question_id" in rows.column_names else None
             for row in here:
                 for question, answers in turns_of(row, questions[row], texts[row]):
