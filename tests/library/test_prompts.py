@@ -102,9 +102,9 @@ def test_images_and_texts_that_do_not_match_are_named():
         processor([RED, BLUE], "a dog")
     with pytest.raises(ValueError, match="2 lists of images and 1 text"):
         processor([[RED], [BLUE]], "a dog")
-    with pytest.raises(ValueError, match=r"has 1 <image> placeholders but 2 image\(s\): 'a <image>'"):
+    with pytest.raises(ValueError, match="'a <image>' has 1 <image> placeholder, but was given 2 images"):
         processor([[RED, BLUE]], "a <image>")
-    with pytest.raises(ValueError, match=r"has 1 <image> placeholders but 0 image\(s\): '<image> cat'"):
+    with pytest.raises(ValueError, match="'<image> cat' has 1 <image> placeholder, but was given 0 images"):
         processor([[RED], []], ["a", "<image> cat"])
 
 
