@@ -2,7 +2,8 @@
 
 What a look at the rows shows (no text, no file) is left out from the start. What only decoding shows is found where images
 are read, maybe in a worker: the visit takes another row, and the report travels with the batch to the main process, which
-writes it. So what is written belongs to batches that were trained on, and a resumed run writes nothing twice.
+writes it. So what is written belongs to batches that were trained on, and a resumed run writes nothing twice. Validation
+decodes all of its images before the run instead, and leaves the bad ones out with their texts.
 """
 
 import fcntl
@@ -134,7 +135,7 @@ def record_skips(
 ) -> None:
     """Let both data sets write what they skip to skipped.jsonl; a run from the start begins it anew.
 
-    Raises ValueError when what was left out at the start is too much.
+    Raises ValueError when what was left out at the start, or cannot be read in validation, is too much.
     """
     path = output_dir / "skipped.jsonl"
     if accelerator.is_main_process and not samples_seen:
@@ -143,16 +144,18 @@ def record_skips(
     for dataset, seen in ((train_set, samples_seen), (eval_set, 0)):
         if dataset is None:
             continue
-        left_out, num_rows = dataset.left_out, dataset.num_rows
+        left_out, num_rows, unreadable = dataset.left_out, dataset.num_rows, dataset.unreadable
         dataset.skip_log = SkipLog(
             path, left_out, dataset.sources, num_rows, max_fraction, seen, accelerator.num_processes
         )
-        if left_out:
-            first = left_out[0]
+        if left_out or unreadable:
+            first = (left_out + unreadable)[0]
             line = (
-                f"{len(left_out)} of {num_rows} rows are left out, the first: row {first['row']} of {first['dataset']}, "
+                f"{len(left_out + unreadable)} of {num_rows} rows are left out, the first: row {first['row']} of {first['dataset']}, "
                 f"{first['name']}: {first['reason']}. {path} lists all."
             )
             accelerator.print(escaped(line))
         dataset.skip_log.start(write=accelerator.is_main_process)
+        if unreadable:
+            dataset.skip_log.add(unreadable, num_rows)
     accelerator.wait_for_everyone()

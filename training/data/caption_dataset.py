@@ -17,7 +17,8 @@ from PIL import Image
 from ..system.signals import shield_worker
 from ..system.utf8 import escaped, not_utf8
 from .bad_rows import TRIES, ReportedBatches, Reporting, SkipLog
-from .images import BadRow, image_keys, image_name, keep_encoded, number_images, open_image, opened
+from .image_identity import ImageNumbers, rows_by_image
+from .images import BadRow, find_images, image_name, keep_encoded, open_image, opened
 from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
 from .transforms import augment_image, clean_caption
 
@@ -72,6 +73,10 @@ class CaptionDataset(ImageDataset):
 
     Rows without image or text are left out: `left_out` has their reports, `kept` the numbers of the others.
 
+    Training (`draw_text`) visits every row, and where an image cannot be read another row stands in. Validation counts
+    images: rows that show the same one, without questions, are one item with all their texts, and nothing stands in; call
+    `leave_out` with those for which `fault` gives a reason.
+
     Args:
         rows: dataset rows with `image_column` and `text_column`; the latter holds one text or a list of texts.
         text_column: None takes the first of `rows.TEXT_COLUMNS` that there is.
@@ -79,7 +84,7 @@ class CaptionDataset(ImageDataset):
             takes the first of `rows.PROMPT_COLUMNS`, None leaves questions out.
         prompt: goes before every text; `{}` in it stands for the question.
         source: data set and split, as reports name them.
-        known_images: numbers of images given so far, shared by data sets that are trained on together.
+        known_images: gives images their numbers, shared by data sets that are trained on together.
     """
 
     def __init__(
@@ -94,7 +99,7 @@ class CaptionDataset(ImageDataset):
         folder: Path | None = None,
         sampling: Sampling = Sampling(),
         source: tuple[str, str] = ("", ""),
-        known_images: dict | None = None,
+        known_images: ImageNumbers | None = None,
     ):
         super().__init__(rows, image_column, folder)
         text_column = find_column(rows, text_column, TEXT_COLUMNS, "text_column")
@@ -106,9 +111,9 @@ class CaptionDataset(ImageDataset):
         self.source, self.sources = source, {source}
         self.skip_log: SkipLog | None = None
 
-        keys = list(image_keys(self.images, image_column, folder))
+        found = list(find_images(self.images, image_column, folder))
         turns = read_turns(rows, text_column, prompt_column, clean_captions)
-        faults = [next((part for part in pair if isinstance(part, BadRow)), None) for pair in zip(keys, turns)]
+        faults = [next((part for part in pair if isinstance(part, BadRow)), None) for pair in zip(found, turns)]
         self.num_rows, self.kept = len(rows), np.flatnonzero([fault is None for fault in faults])
         self.left_out = [self.report(row, fault) for row, fault in enumerate(faults) if fault is not None]
         if not len(self.kept):
@@ -118,8 +123,15 @@ class CaptionDataset(ImageDataset):
                 f"{first['reason']}. Relative paths start at {folder or 'the working directory'}; --image_folder changes it, "
                 "--text_column the column of the texts."
             )
-        numbers = number_images(keys, read_image_ids(rows, source[0]), {} if known_images is None else known_images)
-        self.turns, self.image_ids = [turns[row] for row in self.kept], [numbers[row] for row in self.kept]
+        numbers = (known_images or ImageNumbers()).number_rows(found, read_image_ids(rows), source[0])
+        # The rows of each item, of which the first gives the image.
+        self.rows_of = [[row] for row in self.kept.tolist()]
+        if not sampling.draw_text and not self.asks:
+            self.rows_of = rows_by_image(self.kept.tolist(), found, numbers)
+            self.kept = np.array([rows[0] for rows in self.rows_of])
+        self.turns = [joined_turns([turns[row] for row in rows]) for rows in self.rows_of]
+        self.image_ids = [numbers[row] for row in self.kept]
+        self.unreadable: list[dict] = []
         shards = getattr(rows, "shards", None)
         self.shards = None if shards is None else shards[self.kept]
 
@@ -152,17 +164,49 @@ class CaptionDataset(ImageDataset):
         self.features = features
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """The item of a visit. A bad row is replaced by another; after `TRIES` bad ones there is `skipped` alone."""
+        """The item of a visit. In training a bad row is replaced by another; after `TRIES` bad ones there is `skipped` alone.
+
+        Raises ValueError for a bad row in validation, where a stand-in would be scored against texts of another image.
+        """
         epoch, visited = key
         index, reports = visited, []
         while len(reports) < TRIES:
             try:
                 return {**self.item(index, random.Random(f"{self.seed}-{epoch}-{visited}")), "skipped": reports}
             except BadRow as error:
-                reports.append(self.report(int(self.kept[index]), error))
+                report = self.report(int(self.kept[index]), error)
+                if not self.draw_text:
+                    raise ValueError(
+                        f"The validation image of row {report['row']} ({report['name']}) cannot be read: {error}. It could "
+                        "when the run began. Repair it; the same command then goes on."
+                    ) from error
+                reports.append(report)
                 stand_in = random.Random(f"{self.seed}-{epoch}-{visited}-in-place-{len(reports)}")
                 index = stand_in.randrange(len(self))
         return {"skipped": reports}
+
+    def fault(self, index: int) -> str | None:
+        """Why an item cannot be used, which only reading its image tells; None where it can."""
+        try:
+            self.item(index, random.Random(0))
+        except BadRow as error:
+            return str(error)
+        return None
+
+    def leave_out(self, faults: dict[int, str]) -> None:
+        """Take items out with all their texts; `unreadable` gets the reports of their rows."""
+        for index, reason in faults.items():
+            self.unreadable += [self.report(row, BadRow(reason)) for row in self.rows_of[index]]
+        left = [index for index in range(len(self)) if index not in faults]
+        if not left:
+            first = self.unreadable[0]
+            raise ValueError(
+                f"No image of split {first['split']!r} of {first['dataset']} can be read, the first: row {first['row']}, "
+                f"{first['name']}: {first['reason']}."
+            )
+        self.kept, self.shards = self.kept[left], None if self.shards is None else self.shards[left]
+        for name in ("turns", "image_ids", "rows_of"):
+            setattr(self, name, [getattr(self, name)[index] for index in left])
 
     def item(self, index: int, rng: random.Random) -> dict:
         """An item with its random part drawn from `rng`; raises BadRow where the image cannot be read."""
@@ -220,6 +264,14 @@ class JointDataset(torch.utils.data.Dataset):
         return self.first_rows[-1]
 
     @property
+    def image_ids(self) -> list[int]:
+        return [number for part in self.parts for number in part.image_ids]
+
+    @property
+    def unreadable(self) -> list[dict]:
+        return [report for part in self.parts for report in part.unreadable]
+
+    @property
     def texts(self) -> list[list[str]]:
         return [texts for part in self.parts for texts in part.texts]
 
@@ -229,17 +281,39 @@ class JointDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         epoch, index = key
+        part, row = self.place(index)
+        return self.parts[part][epoch, row]
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Number of a data set, and the item in it."""
         part = bisect_right(self.first_rows, index) - 1
-        return self.parts[part][epoch, index - self.first_rows[part]]
+        return part, index - self.first_rows[part]
+
+    def fault(self, index: int) -> str | None:
+        part, row = self.place(index)
+        return self.parts[part].fault(row)
+
+    def leave_out(self, faults: dict[int, str]) -> None:
+        places = {self.place(index): reason for index, reason in faults.items()}
+        for number, part in enumerate(self.parts):
+            part.leave_out({row: reason for (of, row), reason in places.items() if of == number})
+        self.first_rows = np.cumsum([0, *map(len, self.parts)]).tolist()
 
     def text_of(self, index: int, number: int) -> tuple[str, str]:
-        part = bisect_right(self.first_rows, index) - 1
-        return self.parts[part].text_of(index - self.first_rows[part], number)
+        part, row = self.place(index)
+        return self.parts[part].text_of(row, number)
 
 
 def fill_prompt(template: str, question: str) -> str:
     """The question at the `{}` of a template such as `Question: {} Answer:`; alone where there is no template."""
     return template.replace("{}", question) if template else question
+
+
+def joined_turns(turns_of_rows: list[list[Turn]]) -> list[Turn]:
+    """Turns of an item: those of its row, or of several rows, which ask nothing, all texts."""
+    if len(turns_of_rows) == 1:
+        return turns_of_rows[0]
+    return [("", [text for turns in turns_of_rows for _, texts in turns for text in texts])]
 
 
 def read_turns(
@@ -296,12 +370,10 @@ def read_texts(value, clean: bool) -> list[str]:
     return kept
 
 
-def read_image_ids(rows: datasets.Dataset | Rows, dataset: str) -> list | None:
-    """Ids of the rows' images, distinct from those of other data sets, or None where no column holds any."""
+def read_image_ids(rows: datasets.Dataset | Rows) -> list[str | None] | None:
+    """Ids of the rows' images, or None where no column holds any."""
     column = next((name for name in IMAGE_ID_COLUMNS if name in rows.column_names), None)
-    if column is None:
-        return None
-    return [None if value is None else (dataset, str(value)) for value in rows[column][:]]
+    return None if column is None else [None if value is None else str(value) for value in rows[column][:]]
 
 
 def make_loader(

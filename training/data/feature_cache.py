@@ -16,7 +16,7 @@ import torch
 
 from ..system.fingerprints import differences, weights_fingerprint
 from .caption_dataset import CaptionDataset, ImageDataset
-from .images import image_mark
+from .images import BadRow, FoundImage, find_images
 
 STORED = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # numpy has no bfloat16: its bits
 OPEN_SHARDS = 128  # a memory map holds a file descriptor, of which a process commonly has 1024
@@ -93,11 +93,22 @@ def tower_fingerprint(tower: torch.nn.Module, feature_layer: int, image_processo
 
 
 def images_fingerprint(dataset: ImageDataset) -> str:
-    """Hash of which images the rows show, in order: file name and size in bytes, content where there is no name."""
-    digest = hashlib.sha256()
-    for row in dataset.images:
-        digest.update(image_mark(row[dataset.image_column], dataset.folder))
-    return digest.hexdigest()[:16]
+    """Hash of which images the rows show, in order, by all of their bytes; those that are missing count as such."""
+    digest, known = hashlib.blake2b(digest_size=8), {}
+    for image in find_images(dataset.images, dataset.image_column, dataset.folder):
+        place = None if isinstance(image, BadRow) else image.place
+        content = known.get(place) or content_or_none(image)
+        if place is not None:  # many rows may show one file
+            known[place] = content
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def content_or_none(image: FoundImage | BadRow) -> bytes:
+    try:
+        return b"no image" if isinstance(image, BadRow) else image.content()
+    except OSError:
+        return b"no image that can be read"
 
 
 def use_feature_cache(folder: str, model: torch.nn.Module, image_processor, splits: dict[str, CaptionDataset]) -> None:

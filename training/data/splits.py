@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from ..arguments.training import RunArguments
 from .caption_dataset import CaptionDataset, JointDataset, Sampling
 from .formats import image_start, load_rows
+from .image_identity import ImageNumbers
 from .image_processor import output_size
 
 
@@ -21,7 +22,7 @@ def load_dataset_split(
     prompt_column: str | None = None,
 ) -> CaptionDataset | JointDataset:
     """One split of each data set, as one; the main process reads first, so that others find datasets' cache."""
-    parts, known_images = [], {}
+    parts, known_images = [], ImageNumbers()
     for number, dataset in enumerate(args.dataset):
         with accelerator.main_process_first():
             rows = load_rows(dataset, split, args.image_folder)

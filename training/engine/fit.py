@@ -17,6 +17,7 @@ from ..data.image_processor import has_other_size
 from ..data.order import BatchOrder, visit_order
 from ..data.splits import steps_of
 from ..data.text_lengths import tell_what_is_cut
+from ..evaluation.validation import leave_out_unreadable
 from ..models.lora import add_lora
 from ..reporting.health import Watch
 from .best import Best
@@ -70,6 +71,8 @@ def fit(
     if args.feature_cache:
         splits = {args.train_split: train_set} | ({args.eval_split: eval_set} if eval_set else {})
         use_feature_cache(args.feature_cache, model, processor.image_processor, splits)
+    if eval_set:
+        leave_out_unreadable(accelerator, eval_set, args.eval_batch_size)
 
     open_output_dir(args, accelerator)
     tell_what_is_cut(accelerator, train_set, task.collate, args.max_text_length)

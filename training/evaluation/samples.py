@@ -8,7 +8,8 @@ import datasets
 from PIL import Image
 
 from ..data.caption_dataset import ImageDataset, fill_prompt
-from ..data.images import NO_NAME, BadRow, image_keys, number_images, open_image
+from ..data.image_identity import ImageNumbers, rows_by_image
+from ..data.images import NO_NAME, BadRow, FoundImage, find_images, open_image
 from ..data.rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
 from ..data.transforms import clean_caption
 from ..system.utf8 import not_utf8
@@ -60,25 +61,25 @@ class EvaluationSet(ImageDataset):
     ):
         super().__init__(rows, image_column, folder)
         self.prompt, self.task = prompt, task
-        keys = list(image_keys(self.images, image_column, folder))
-        self.skipped = [self.report(row, fault) for row, fault in enumerate(keys) if isinstance(fault, BadRow)]
-        if len(self.skipped) == len(keys):
+        found = list(find_images(self.images, image_column, folder))
+        self.skipped = [self.report(row, fault) for row, fault in enumerate(found) if isinstance(fault, BadRow)]
+        if len(self.skipped) == len(found):
             first = self.skipped[0]
             raise ValueError(
-                f"No image of the {len(keys)} rows of {name} is there, the first: {first['name']}: {first['reason']}. Relative "
+                f"No image of the {len(found)} rows of {name} is there, the first: {first['name']}: {first['reason']}. Relative "
                 f"paths start at {folder or 'the working directory'}; --image_folder changes it."
             )
-        self.samples = self.read(rows, keys, text_column, prompt_column, clean_texts, clean_questions)
+        self.samples = self.read(rows, found, text_column, prompt_column, clean_texts, clean_questions)
         if self.skipped and not self.samples:
             first = self.skipped[0]
             raise ValueError(
-                f"None of the {len(keys)} rows of {name} can be used, the first: {first['name']}: {first['reason']}."
+                f"None of the {len(found)} rows of {name} can be used, the first: {first['name']}: {first['reason']}."
             )
 
     def read(
         self,
         rows: datasets.Dataset | Rows,
-        keys: list[str | BadRow],
+        found: list[FoundImage | BadRow],
         text_column: str | None,
         prompt_column: str | None,
         clean_texts: bool,
@@ -87,7 +88,7 @@ class EvaluationSet(ImageDataset):
         """The samples of all rows whose image is there: a question each, or an image each with all its texts."""
         texts = read_column(rows, text_column, COLUMNS[self.task], "text_column")
         id_column = next((name for name in IMAGE_ID_COLUMNS if name in rows.column_names), None)
-        ids = rows[id_column][:] if id_column else [None] * len(keys)
+        ids = rows[id_column][:] if id_column else [None] * len(found)
         groups = {column: rows[column][:] for column in GROUPS if column in rows.column_names}
 
         def sample(row: int, references: list[str], **others: object) -> Sample:
@@ -95,15 +96,15 @@ class EvaluationSet(ImageDataset):
             image_id = file_id(self.name(row), row) if ids[row] is None else ids[row]
             return Sample(row, image_id, references, groups=kinds, **others)
 
-        questions = [None] * len(keys)
+        questions = [None] * len(found)
         if self.task == "vqa":
             questions = rows[find_column(rows, prompt_column, PROMPT_COLUMNS, "prompt_column")][:]
         here = []
-        for row, key in enumerate(keys):
+        for row, image in enumerate(found):
             fault = not_utf8(texts[row], questions[row])
-            if fault is not None and not isinstance(key, BadRow):
+            if fault is not None and not isinstance(image, BadRow):
                 self.skipped.append(self.report(row, BadRow(fault)))
-            elif not isinstance(key, BadRow):
+            elif not isinstance(image, BadRow):
                 here.append(row)
         samples: list[Sample] = []
         if self.task == "vqa":
@@ -116,13 +117,12 @@ class EvaluationSet(ImageDataset):
             return samples
         if self.task == "classification":
             return [sample(row, as_texts(texts[row])) for row in here]
-        by_image: dict[int, Sample] = {}
-        numbers = number_images(keys, [None if one is None else str(one) for one in ids], {})
-        for row in here:  # rows that show one image, as in lists of pairs, are one sample
-            captions = [clean_caption(text) if clean_texts else text for text in as_texts(texts[row])]
-            captions = [text for text in captions if text.strip()]
-            by_image.setdefault(numbers[row], sample(row, [])).references.extend(captions)
-        return list(by_image.values())
+        numbers = ImageNumbers().number_rows(found, [None if one is None else str(one) for one in ids])
+        for rows_of_image in rows_by_image(here, found, numbers):
+            captions = [text for row in rows_of_image for text in as_texts(texts[row])]
+            captions = [clean_caption(text) for text in captions] if clean_texts else captions
+            samples.append(sample(rows_of_image[0], [text for text in captions if text.strip()]))
+        return samples
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -10,13 +10,28 @@ from accelerate.utils import send_to_device
 from modeling_blip2x import Blip2xProcessor
 from modeling_blip2x.language_blip2x import IGNORE
 
-from ..data.caption_dataset import CaptionDataset, make_loader
+from ..data.caption_dataset import CaptionDataset, JointDataset, make_loader
 from ..data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from ..data.order import BatchOrder, EpochOrder
 from ..metrics.retrieval_recall.scores import recall_at_k
 from ..reporting.meter import measured
 from .retrieval import RetrievalSet, rerank
-from .writing import score_itg, score_language
+from .writing import score_itg, score_language, share_work
+
+
+def leave_out_unreadable(accelerator: Accelerator, dataset: CaptionDataset | JointDataset, batch_size: int) -> None:
+    """Read every image of validation once, shared among processes, and take out those that cannot be read.
+
+    All figures are then those of the data set without these rows.
+    """
+
+    def check(indices: list[int]) -> list[str | None]:
+        return [dataset.fault(index) for index in indices]
+
+    faults = share_work(accelerator, len(dataset), batch_size, check)
+    bad = {index: fault for index, fault in enumerate(faults) if fault is not None}
+    if bad:
+        dataset.leave_out(bad)
 
 
 def validate_image_text(
@@ -124,23 +139,27 @@ def token_accuracy(
 def matching_accuracy(data: RetrievalSet, batch_size: int, temperature: float, seed: int) -> dict[str, float]:
     """Balanced accuracy of ITM: mean of the accuracies on matching and on other pairs; 0.5 is a constant predictor.
 
-    One caption per image; within batches of `batch_size` each text gets a random other image, and a hard one drawn by
-    softmax of the ITC similarity as in training.
+    One caption per image; within batches of `batch_size`, which are in random order, each text gets the nearest other image
+    before its own, and a hard one drawn by softmax of the ITC similarity as in training.
     """
     generator = torch.Generator().manual_seed(seed)
     first_text = torch.tensor([int((data.owner == image).nonzero()[0]) for image in range(len(data.cosines))])
+    image_ids = torch.tensor(data.dataset.image_ids)
     hard, random = [], []
     for images in torch.randperm(len(first_text), generator=generator).split(batch_size):
-        if len(images) > 1:
-            similarity = data.cosines[images][:, first_text[images]].T / temperature  # (texts, images)
-            weights = similarity.fill_diagonal_(-torch.inf).softmax(dim=1)
-            hard += list(
-                zip(
-                    images[torch.multinomial(weights, 1, generator=generator)[:, 0]].tolist(),
-                    first_text[images].tolist(),
-                )
-            )
-            random += list(zip(images.roll(1).tolist(), first_text[images].tolist()))
+        similarity = data.cosines[images][:, first_text[images]].T / temperature  # (texts, images)
+        others = image_ids[images][:, None] != image_ids[images]  # the same picture may be there twice
+        has_other = others.any(dim=1)
+        if not has_other.any():
+            continue
+        texts, others = first_text[images][has_other].tolist(), others[has_other]
+        weights = similarity[has_other].masked_fill(~others, -torch.inf).softmax(dim=1)
+        drawn = torch.multinomial(weights, 1, generator=generator)[:, 0]
+        hard += list(zip(images[drawn].tolist(), texts))
+        before = (torch.arange(len(images))[:, None] - torch.arange(1, len(images))) % len(images)
+        before = before[has_other]
+        nearest = before.gather(1, others.gather(1, before).int().argmax(1, keepdim=True))[:, 0]
+        random += list(zip(images[nearest].tolist(), texts))
     matched = data.match_logits(torch.arange(len(first_text)), first_text).argmax(1).float().mean().item()
     results = {}
     for name, pairs in (("hard", hard), ("random", random)):
