@@ -33,7 +33,14 @@ from blip2x_training.arguments.base import BIG, Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import ImageDataset
 from blip2x_training.data.collators import collate_images
-from blip2x_training.data.feature_cache import STORED, CacheLayout, images_fingerprint, to_stored, tower_fingerprint
+from blip2x_training.data.feature_cache import (
+    STORED,
+    CacheLayout,
+    FeatureCache,
+    images_fingerprint,
+    to_stored,
+    tower_fingerprint,
+)
 from blip2x_training.data.formats import image_start, load_rows
 from blip2x_training.data.image_processor import load_image_processor, output_size
 from blip2x_training.data.transforms import augment_image
@@ -62,13 +69,15 @@ class CacheArguments(Arguments):
     dataloader_num_workers: int = doc(0, "Processes that read and crop images; 0 does so in the main one.")
     dtype: str = doc("float16", "float16, bfloat16 or float32: how features are stored.")
     shard_size: int | None = doc(None, "Rows in one file at most; null: as many as take 1 GB.")
+    max_skip_fraction: float = doc(0.1, "Images that cannot be read are named; a larger share of a split is refused.")
     overwrite_output_dir: bool = doc(False, "Replace a cache of something else in output_dir.")
 
     REQUIRED = ("dataset", "output_dir", "vision_model")
     PATHS = ("image_folder", "vision_model")
     CHOICES = {"dtype": tuple(STORED)}
     RANGES = {
-        "batch_size": (1, BIG), "views": (1, BIG), "shard_size": (1, BIG), "dataloader_num_workers": (0, BIG)
+        "batch_size": (1, BIG), "views": (1, BIG), "shard_size": (1, BIG), "dataloader_num_workers": (0, BIG),
+        "max_skip_fraction": (0, 1),
     }  # fmt: skip
 
 
@@ -127,17 +136,42 @@ def write_shard(
             pixels = torch.stack([batch[number][0][view] for number in readable])
             pixels = pixels.to(device, memory_format=torch.channels_last)  # 1.6 times as fast for a CNN on a CPU
             encoded[readable, view] = vision_features(tower, pixels, feature_layer).last_hidden_state.cpu().float()
-        kept = encoded[readable].to(getattr(torch, layout.dtype))
-        if not kept.isfinite().all():
-            raise ValueError(
-                f"Features of split {split.name!r}, rows {rows[done]} to {rows[done + len(batch) - 1]} are not finite in "
-                f"{layout.dtype}; their largest is {encoded[readable].abs().max():.4g}. Pass --dtype bfloat16 or float32."
-            )
+        check_finite(split, encoded[readable], [rows[done + number] for number in readable])
         features[done : done + len(batch)] = to_stored(encoded, layout.dtype)
         done += len(batch)
     features.flush()
     os.replace(temporary, path)
     return faults
+
+
+def check_finite(split: Split, features: torch.Tensor, rows: list[int]) -> None:
+    """Raise ValueError where the tower gives NaN or infinity for one of the rows, or where the cache's dtype does."""
+    finite = features.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        row = rows[int((~finite).nonzero()[0])]
+        raise ValueError(
+            f"The vision tower gives features that are not finite for row {row} of split {split.name!r} "
+            f"({split.images.name(row)}): NaN or infinity. Its weights, or the image's pixels after preprocessing, are broken: "
+            "check --vision_model. The cache is not whole."
+        )
+    dtype = split.layout.dtype
+    if not features.to(getattr(torch, dtype)).isfinite().all():
+        raise ValueError(
+            f"Features of split {split.name!r}, rows {rows[0]} to {rows[-1]} are not finite in {dtype}; their largest is "
+            f"{features.abs().max():.4g}. Pass --dtype {'bfloat16 or ' if dtype == 'float16' else ''}float32."
+        )
+
+
+def check_readable(split: Split, folder: Path, max_fraction: float) -> None:
+    """Raise ValueError where too many rows of a written split are NaN, since their images could not be read."""
+    unreadable, rows = FeatureCache(folder, split.name, split.layout).unreadable(), split.layout.shape[0]
+    if len(unreadable) > max_fraction * rows:
+        first = unreadable[0]
+        raise ValueError(
+            f"{len(unreadable)} of {rows} images of split {split.name!r} could not be read, above --max_skip_fraction "
+            f"{max_fraction}; the first: row {first} ({split.images.name(first)}). The cache is not whole. Check --dataset and "
+            "--image_folder, repair the images or raise it, and pass --overwrite_output_dir."
+        )
 
 
 def feature_shape(tower: torch.nn.Module, image_processor, feature_layer: int) -> tuple[int, int]:
@@ -247,6 +281,7 @@ def main(argv: list[str] | None = None) -> None:
             faults = write_shard(split, shard, views, tower, args.vision_feature_layer, output_dir, loading)
             for fault in faults:
                 print(f"{split.name}: {fault}", file=sys.stderr)
+        check_readable(split, output_dir, args.max_skip_fraction)
         if split.missing or not (output_dir / f"{split.name}.json").exists():
             os.replace(output_dir / f"{split.name}.json.begun", output_dir / f"{split.name}.json")
         print(f"{output_dir / split.name}.json: whole")

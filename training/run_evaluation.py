@@ -24,7 +24,7 @@ from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.evaluation_formats import evaluation_rows
 from blip2x_training.data.formats import image_start
 from blip2x_training.data.image_processor import output_size
-from blip2x_training.evaluation.choosing import class_names, read_names
+from blip2x_training.evaluation.choosing import class_names, label_column, name_labels, own_names, read_names
 from blip2x_training.evaluation.evaluated_model import Checkpoint, check_task, load_checkpoint
 from blip2x_training.evaluation.fields import FREE, EvaluationArguments, choose_prompt
 from blip2x_training.evaluation.itc_score import score_by_itc
@@ -113,22 +113,24 @@ def load_data(
     if args.task == "classification":
         candidates = class_names(args.classes, rows, args.text_column)
         by_id = read_names(args.classes)[1] if args.classes else {}
-        name_classes(data, candidates, by_id)
+        folders = own_names(rows, label_column(rows, args.text_column))
+        name_classes(data, candidates, by_id, folders)
         return data, candidates
     return data, read_names(args.candidates)[0] if args.candidates else []
 
 
-def name_classes(data: EvaluationSet, classes: list[str], by_id: dict[str, str]) -> None:
-    """Turn numbers and WordNet ids of classes into names; raises ValueError for one that there is no name for."""
+def name_classes(data: EvaluationSet, classes: list[str], by_id: dict[str, str], folders: list[str] | None) -> None:
+    """Turn labels into names of classes; raises ValueError for one that there is no name for."""
+    labels = {label for sample in data.samples for label in sample.references}
+    names = name_labels(labels, classes, by_id, folders)
     for sample in data.samples:
-        named = [by_id.get(label, label) for label in sample.references]
-        named = [classes[int(label)] if label.isdigit() and int(label) < len(classes) else label for label in named]
-        unknown = [label for label in named if label not in classes]
+        unknown = [label for label in sample.references if label not in names]
         if unknown:
             raise ValueError(
-                f"Class {unknown[0]!r} of {data.name(sample.row)} is not among the {len(classes)} classes."
+                f"Class {unknown[0]!r} of {data.name(sample.row)} is not among the {len(classes)} classes. Numbers count "
+                "from 0."
             )
-        sample.references = named
+        sample.references = [names[label] for label in sample.references]
 
 
 def predict(

@@ -62,18 +62,30 @@ class FeatureCache:
     def read(self, row: int, view: int = 0) -> torch.Tensor:
         """Features (N, D) of a view of a row, as float32; ValueError where the image could not be read."""
         shard, place = divmod(row, self.layout.shard_size)
-        if shard not in self.opened:
-            if len(self.opened) >= OPEN_SHARDS:
-                self.opened.clear()
-            self.opened[shard] = np.load(self.paths[shard], mmap_mode="r")
-        stored = torch.from_numpy(np.array(self.opened[shard][place, view]))
-        features = (stored.view(torch.bfloat16) if self.layout.dtype == "bfloat16" else stored).float()
+        features = self.as_floats(self.shard(shard)[place, view])
         if features[0, 0].isnan():
             raise ValueError(
                 f"The image of row {row} could not be read when its features were written ({self.paths[shard].name}). "
                 "Repair or remove the row and write the cache again."
             )
         return features
+
+    def unreadable(self) -> list[int]:
+        """Rows whose images could not be read when their features were written."""
+        firsts = [self.as_floats(self.shard(shard)[:, 0, 0, 0]) for shard in range(self.layout.num_shards)]
+        return torch.cat(firsts).isnan().nonzero()[:, 0].tolist()
+
+    def shard(self, number: int) -> np.ndarray:
+        """(rows, views, N, D) as stored, mapped into memory."""
+        if number not in self.opened:
+            if len(self.opened) >= OPEN_SHARDS:
+                self.opened.clear()
+            self.opened[number] = np.load(self.paths[number], mmap_mode="r")
+        return self.opened[number]
+
+    def as_floats(self, stored: np.ndarray) -> torch.Tensor:
+        values = torch.from_numpy(np.array(stored))
+        return (values.view(torch.bfloat16) if self.layout.dtype == "bfloat16" else values).float()
 
 
 def to_stored(features: torch.Tensor, dtype: str) -> np.ndarray:
@@ -138,8 +150,10 @@ def load_features(folder: str, split: str, fingerprint: dict) -> FeatureCache:
         ) from error
     differs = differences(described, fingerprint)
     if differs:
+        changed = "images" in fingerprint and described.get("images") != fingerprint["images"]
+        explained = "; `images` is a hash of the contents and the order of the image files" if changed else ""
         raise ValueError(
-            f"--feature_cache {folder}, split {split!r} does not belong to this run ({differs}). "
+            f"--feature_cache {folder}, split {split!r} does not belong to this run ({differs}{explained}). "
             "Write one that does with cache_features.py."
         )
     return cache

@@ -108,18 +108,69 @@ def class_names(path: str | None, rows, column: str | None = None) -> list[str]:
     """
     if path is not None:
         return read_names(path)[0]
-    column = column or next((name for name in COLUMNS["classification"] if name in rows.column_names), None)
-    names = None if column is None or isinstance(rows, Rows) else getattr(rows.features[column], "names", None)
+    column = label_column(rows, column)
+    names = own_names(rows, column)
     if names:
-        return list(names)
+        return names
     values = sorted({value for value in (rows[column][:] if column else [])} - {None}, key=str)
     if not values or not all(isinstance(value, str) for value in values):
         raise ValueError("The data set does not name its classes. Pass --classes FILE with a name for each.")
     return values
 
 
+def label_column(rows, column: str | None) -> str | None:
+    return column or next((name for name in COLUMNS["classification"] if name in rows.column_names), None)
+
+
+def own_names(rows, column: str | None) -> list[str] | None:
+    """What a data set calls its classes, in order: for class folders their names, sorted as text."""
+    names = None if column is None or isinstance(rows, Rows) else getattr(rows.features[column], "names", None)
+    return list(names) if names else None
+
+
+def name_labels(
+    labels: set[int | str], classes: list[str], by_id: dict[str, str], folders: list[str] | None
+) -> dict[int | str, str]:
+    """The class that each label stands for; a label without one is left out.
+
+    A label is a class's name or id; where not all are, all are numbers of classes, or folders in the order of the classes.
+
+    Args:
+        labels: of the data, numbers or texts.
+        by_id: names of ids, see `read_names`.
+        folders: what the data set calls its classes, where it does.
+
+    Raises ValueError where the labels can be read in two ways.
+    """
+    said = {label: by_id.get(str(label), str(label)) for label in labels if str(label) in {*classes, *by_id}}
+    numbers = {label: classes[int(label)] for label in labels if is_number(label) and int(label) < len(classes)}
+    if len(said) == len(labels):
+        counted = any(isinstance(label, int) for label in labels) and len(numbers) == len(labels)
+        if counted and not by_id and said != numbers:
+            raise ValueError(
+                "The labels are numbers, and --classes holds numbers in another order: 1 can be the class called 1 or the "
+                'second class. Pass --classes as JSON that says which: {"0": "name of class 0", ...}.'
+            )
+        return said
+    if folders is None or set(folders) == set(map(str, range(len(classes)))):
+        return numbers if len(numbers) >= len(said) else said
+    if len(folders) != len(classes):
+        return said | numbers if "0" in folders else said
+    if all(map(is_number, folders)) and folders != sorted(folders, key=int):
+        raise ValueError(
+            f"The class folders are called {folders[0]}, {folders[1]}, {folders[2]} ... in the order of texts, which is not "
+            "that of the numbers, so that the order of the names in --classes can be either. Pass --classes as JSON that says "
+            f'which: {{"{folders[0]}": "name", "{folders[1]}": "name", ...}}.'
+        )
+    return dict(zip(folders, classes))
+
+
+def is_number(label: int | str) -> bool:
+    return str(label).isdecimal()
+
+
 def read_names(path: str) -> tuple[list[str], dict[str, str]]:
-    """Names of a file, and those of WordNet ids such as n01440764, which ImageNet's folders are called.
+    """Names of a file, and those of ids: WordNet's such as n01440764, which ImageNet's folders are called, or JSON's keys.
 
     JSON: a list, or {"0": name} or {"0": [id, name]} as ImageNet's class index. Text: a name a line, or `id name, synonym`
     as ImageNet's LOC_synset_mapping.txt, whose first name counts.
@@ -127,17 +178,23 @@ def read_names(path: str) -> tuple[list[str], dict[str, str]]:
     file, by_id = Path(path), {}
     if file.suffix == ".json":
         content = json.loads(file.read_text(encoding="utf-8"))
-        entries = content if isinstance(content, list) else [content[key] for key in sorted(content, key=int)]
+        if isinstance(content, dict):
+            keys = sorted(content, key=int) if all(map(is_number, content)) else list(content)
+            content = {key: content[key] for key in keys}
+            by_id = {key: plain_name(entry) for key, entry in content.items()}
+        entries = content if isinstance(content, list) else list(content.values())
     else:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
         pairs = [line.split(maxsplit=1) for line in lines]
         coded = all(len(pair) == 2 and WORDNET_ID.fullmatch(pair[0]) for pair in pairs)
         entries = [(pair[0], pair[1].split(",")[0]) for pair in pairs] if coded else lines
-    names = []
-    for entry in entries:
-        if isinstance(entry, (list, tuple)):
-            by_id[entry[0]] = entry[1].replace("_", " ")
-        names.append(entry[1].replace("_", " ") if isinstance(entry, (list, tuple)) else str(entry))
+    by_id |= {entry[0]: plain_name(entry) for entry in entries if isinstance(entry, (list, tuple))}
+    names = [plain_name(entry) for entry in entries]
     if len(names) < 2:
         raise ValueError(f"{path} holds {len(names)} names. Choosing takes two or more.")
     return names, by_id
+
+
+def plain_name(entry: str | list | tuple) -> str:
+    """The name of an entry, or of a pair of id and name."""
+    return entry[1].replace("_", " ") if isinstance(entry, (list, tuple)) else str(entry)

@@ -116,7 +116,7 @@ class EvaluationSet(ImageDataset):
                     samples.append(sample(row, answers, question=question, question_id=number))
             return samples
         if self.task == "classification":
-            return [sample(row, as_texts(texts[row])) for row in here]
+            return [sample(row, as_labels(texts[row])) for row in here]
         numbers = ImageNumbers().number_rows(found, [None if one is None else str(one) for one in ids])
         for rows_of_image in rows_by_image(here, found, numbers):
             captions = [text for row in rows_of_image for text in as_texts(texts[row])]
@@ -189,6 +189,12 @@ def as_texts(value: object) -> list[str]:
     """A text, a list of them, a number or nothing, as a list of texts."""
     values = value if isinstance(value, list) else [] if value is None else [value]
     return [str(text) for text in values if text is not None]
+
+
+def as_labels(value: object) -> list[int | str]:
+    """Class labels, numbers as numbers: `name_labels` tells what they stand for."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [int(one) if isinstance(one, float) and one.is_integer() else one for one in values if one is not None]
 
 
 def turns_of(row: int, question: object, value: object) -> list[tuple[str, list[str]]]:
