@@ -62,6 +62,11 @@ def run_stage1(dataset: Path, tower: Path, out: Path, *flags: str) -> list[dict]
     """Stage 1 with a tiny Q-Former over such a folder, by the script; returns the lines of metrics.jsonl."""
     from blip2x_training import pretrain_stage1
 
+    pretrain_stage1.main([*stage1_flags(dataset, tower, out), *flags])
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def stage1_flags(dataset: Path, tower: Path, out: Path) -> list[str]:
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     fields = {
         "dataset": dataset,
@@ -77,8 +82,7 @@ def run_stage1(dataset: Path, tower: Path, out: Path, *flags: str) -> list[dict]
         "logging_steps": 1,
         "learning_rate": 1e-3,
     }
-    pretrain_stage1.main([f"--{name}={value}" for name, value in fields.items()] + list(flags))
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [f"--{name}={value}" for name, value in fields.items()]
 
 
 def disable_adapters(model: torch.nn.Module) -> None:
