@@ -1,5 +1,6 @@
 """run_evaluation.py where it ranks: retrieval, classes and closed sets of answers, against one pair at a time."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from blip2x_training.data.transforms import clean_caption
+from blip2x_training.evaluation.choosing import name_labels
 from blip2x_training.metrics.retrieval_recall.scores import recall_at_k
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from tests.helpers.evaluation_parts import coco_file, evaluate, make_photos, make_stage1, make_stage2, put, texts_of
@@ -123,6 +125,51 @@ def test_classification_of_folders_named_by_wordnet(parts, tmp_path, kind):
         first, five = first + (best[0] in record["references"]), five + (record["references"][0] in best[:5])
     assert metrics["metrics"]["top1"] == pytest.approx(100 * first / len(records))
     assert metrics["metrics"]["top5"] == pytest.approx(100 * five / len(records)) and five < len(records)
+
+
+TWELVE = [str(number) for number in range(1, 13)]
+FLOWERS = [f"flower {number}" for number in TWELVE]
+
+
+@pytest.mark.parametrize("order", [sorted(TWELVE), TWELVE])
+@pytest.mark.parametrize("labels", [set(TWELVE), set(range(1, 13))])
+def test_labels_called_1_to_12_are_the_classes_of_that_name(order, labels):
+    folders = sorted(TWELVE) if "1" in labels else None
+    for named in (folders, None):
+        assert name_labels(labels, order, {}, named) == {label: str(label) for label in labels}
+
+
+def test_class_folders_called_1_to_12_by_the_script(parts, tmp_path):
+    for name in TWELVE:
+        make_photos(tmp_path / "val" / name, f"{name}_" + "{}.jpg", 1)
+    fields = {"task": "classification", "model": parts / "stage1", "data": tmp_path / "val", "split": "train"}
+    flowers = dict(zip(TWELVE, FLOWERS))
+    (tmp_path / "folders.txt").write_text("\n".join(sorted(TWELVE)))
+    (tmp_path / "keys.json").write_text(json.dumps(flowers))
+    (tmp_path / "flowers.txt").write_text("\n".join(FLOWERS))
+    for file, names in ((None, {}), ("folders.txt", {}), ("keys.json", flowers)):
+        classes = {"classes": tmp_path / file} if file else {}
+        _, records = evaluate(tmp_path / f"out_{file}", **fields, **classes)
+        found = {Path(record["image"]).name.split("_")[0]: record["references"] for record in records}
+        assert found == {name: [names.get(name, name)] for name in TWELVE}
+    # In the order of the numbers, or in that of the folders? Nobody can say.
+    with pytest.raises(ValueError, match='called 1, 10, 11 .* can be either.*JSON that says which: {"1": "name", "10"'):
+        evaluate(tmp_path / "out", **fields, classes=tmp_path / "flowers.txt")
+
+
+def test_numbers_name_classes_from_0_where_nothing_else_fits():
+    names = [f"name {number}" for number in range(12)]
+    counted = {number: f"name {number}" for number in range(12)}
+    assert name_labels(set(range(12)), names, {}, None) == counted
+    as_text = {str(number): name for number, name in counted.items()}  # a tar's .cls, or folders as ImageNetV2 has them
+    assert name_labels(set(as_text), names, {}, None) == as_text
+    assert name_labels(set(as_text), names, {}, sorted(as_text)) == as_text
+    nine = sorted(TWELVE[:9])  # folders whose order as texts is that of the numbers
+    assert name_labels(set(nine), names[:9], {}, nine) == dict(zip(nine, names))
+    assert 12 not in name_labels({1, 12}, names, {}, None), "there is no class 12"
+    assert name_labels({1, 2}, FLOWERS, dict(zip(TWELVE, FLOWERS)), None) == {1: "flower 1", 2: "flower 2"}
+    with pytest.raises(ValueError, match="1 can be the class called 1 or the second class"):
+        name_labels({0, 1, 2}, ["2", "1", "0"], {}, None)
 
 
 @pytest.mark.parametrize("llm", ["opt", "t5"])

@@ -1,6 +1,7 @@
 """Features of the frozen tower on disk: written by the script, read in training, refused where they do not belong."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from blip2x_training import cache_features
 from blip2x_training.data.caption_dataset import CaptionDataset, ImageDataset, Sampling
@@ -126,7 +128,61 @@ def test_a_cache_of_something_else_is_refused(parts, tmp_path):
         run_stage1(parts / "data", parts / "tower", tmp_path / "out", *flags, "--eval_split", "validation[:3]")
 
 
-def test_embedded_images_are_told_apart_by_name_and_size(parts):
+@pytest.mark.parametrize("same_time", [False, True])
+def test_a_cache_of_images_that_were_replaced_is_refused(parts, tmp_path, same_time):
+    """New content under the same names and sizes, and with the same time of change."""
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(parts / "data", data)
+    for path in (data / "train").glob("*.png"):
+        with Image.open(path) as image:
+            image.save(path, "BMP")  # without compression: of one size
+    given = ["--dataset", str(data), "--vision_model", str(parts / "tower"), "--output_dir", str(cache)]
+    cache_features.main(given)
+    one, other = data / "train" / "0.png", data / "train" / "1.png"
+    before = one.stat()
+    assert before.st_size == other.stat().st_size and one.read_bytes() != other.read_bytes()
+    one.write_bytes(other.read_bytes())
+    if same_time:
+        os.utime(one, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match=r"does not belong to this run \(images was .* contents and the order"):
+        run_stage1(data, parts / "tower", tmp_path / "out", *PLAIN, "--feature_cache", str(cache))
+    with pytest.raises(ValueError, match="holds another cache of split 'train' .images was"):
+        cache_features.main(given)
+
+
+def test_a_cache_without_features_is_not_called_whole(parts, tmp_path, capsys):
+    shutil.copytree(parts / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "train").glob("*.png"):
+        path.write_bytes(b"no image")
+    given = ["--dataset", str(tmp_path / "data"), "--vision_model", str(parts / "tower"), "--splits", "train"]
+    for _ in range(2):  # the same command again does not make it whole either
+        with pytest.raises(ValueError, match="20 of 20 images of split 'train' could not be read.*row 0 .*0.png"):
+            cache_features.main([*given, "--output_dir", str(tmp_path / "cache")])
+    assert not (tmp_path / "cache" / "train.json").exists() and "whole" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no whole cache of split 'train'"):
+        load_features(str(tmp_path / "cache"), "train", {})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_tower_that_gives_no_numbers_is_named_with_the_row(parts, tmp_path, monkeypatch, value, dtype):
+    features, seen = cache_features.vision_features, []
+
+    def broken(tower, pixels, layer):
+        output = features(tower, pixels, layer)
+        for _ in range(len(pixels) if len(pixels) > 1 else 0):
+            seen.append(len(seen))
+            if seen[-1] == 13:
+                output.last_hidden_state[13 % len(pixels), 2, 5] = value
+        return output
+
+    monkeypatch.setattr(cache_features, "vision_features", broken)
+    with pytest.raises(ValueError, match="tower gives features that are not finite for row 13 of split 'train'"):
+        write(parts, tmp_path / "cache", "--dtype", dtype)
+    assert not (tmp_path / "cache" / "train.json").exists()
+
+
+def test_embedded_images_are_told_apart_by_their_bytes(parts):
     rows = load_rows(str(parts / "data"), "train")
     by_name = images_fingerprint(ImageDataset(rows, "image"))
     assert by_name == images_fingerprint(ImageDataset(load_rows(str(parts / "data"), "train[:20]"), "image"))
