@@ -57,7 +57,7 @@ def tar_rows(paths: list[str]) -> Rows:
 
 def read_index(path: str) -> Iterator[tuple[str, tuple[int, int], dict]]:
     """Name, (offset, size) of the image, and columns of each sample of a tar; offset -1 where it has no image."""
-    sample, name, place, columns, members = None, None, (-1, 0), {}, 0
+    sample, name, place, columns, members, endings = None, None, (-1, 0), {}, 0, set()
     try:
         with tarfile.open(path, "r:") as tar:  # "r:" is a plain tar: in a compressed one nothing can be addressed
             for member in tar:
@@ -71,7 +71,13 @@ def read_index(path: str) -> Iterator[tuple[str, tuple[int, int], dict]]:
                 if key != sample:
                     if sample is not None:
                         yield name, place, columns
-                    sample, name, place, columns = key, key, (-1, 0), {}
+                    sample, name, place, columns, endings = key, key, (-1, 0), {}, set()
+                if ending in endings:  # a second sample of this name: its image would get the first one's text
+                    raise ValueError(
+                        f"{path} holds {member.name} twice in one sample. Give each sample a name of its own, and write the "
+                        "tar again."
+                    )
+                endings.add(ending)
                 if ending in IMAGES:
                     name, place = member.name, (member.offset_data, member.size)
                 elif ending in ("txt", "json", *TEXTS) and member.size <= TEXT_BYTES:
