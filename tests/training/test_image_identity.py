@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from blip2x_training import cache_features
-from blip2x_training.data.caption_dataset import CaptionDataset, ImageDataset
+from blip2x_training.data.caption_dataset import CaptionDataset, ImageDataset, Sampling
 from blip2x_training.data.feature_cache import images_fingerprint
 from blip2x_training.data.formats import load_rows
 from blip2x_training.data.image_identity import ImageNumbers
@@ -215,7 +215,7 @@ def test_a_caption_a_row_and_all_captions_a_row_give_the_same_figures(parts, tmp
         "captions": [row["captions"] for row in apart],
     }
     rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
-    data, training = (CaptionDataset(rows, draw_text=draw) for draw in (False, True))
+    data, training = (CaptionDataset(rows, sampling=Sampling(draw_text=draw)) for draw in (False, True))
     assert len(data) == COUNT and len(training) == 2 * COUNT
     assert data.texts[0] == [text for row in training.texts[::COUNT] for text in row]
     assert training.image_ids == [*range(COUNT), *range(COUNT)]
@@ -223,7 +223,9 @@ def test_a_caption_a_row_and_all_captions_a_row_give_the_same_figures(parts, tmp
 
 def test_an_image_that_breaks_during_the_run_is_named_and_has_no_stand_in(parts, tmp_path):
     shutil.copytree(parts / "data", tmp_path / "data")
-    data = CaptionDataset(load_rows(str(tmp_path / "data"), "validation"), text_column="captions", draw_text=False)
+    data = CaptionDataset(
+        load_rows(str(tmp_path / "data"), "validation"), text_column="captions", sampling=Sampling(draw_text=False)
+    )
     assert data.fault(2) is None
     Path(data.name(2)).write_bytes(b"")
     with pytest.raises(ValueError, match=r"validation image of row 2 \(.*\) cannot be read: the file is empty"):

@@ -159,6 +159,7 @@ def test_cache_bootstrap_and_evaluation_take_names_that_are_no_utf8(latin1_tar, 
         "dataset": latin1_tar,
         "splits": "train",
         "output_dir": tmp_path / "cache",
+        "max_skip_fraction": 0.5,  # one of the four is no image
     }
     cache_features.main([f"--{name}={value}" for name, value in cached.items()])
     assert (tmp_path / "cache" / "train.json").exists()
