@@ -20,6 +20,7 @@ from .bad_rows import TRIES, ReportedBatches, Reporting, SkipLog
 from .image_identity import ImageNumbers, rows_by_image
 from .images import BadRow, find_images, image_name, keep_encoded, open_image, opened
 from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
+from .texts import bare_texts
 from .transforms import augment_image, clean_caption
 
 Turn = tuple[str, list[str]]  # a question ("" for none) and the texts that answer it, of which each visit draws one
@@ -358,6 +359,10 @@ def read_row(value, question, clean: bool, asks: bool) -> list[Turn]:
 
 def read_texts(value, clean: bool) -> list[str]:
     """The texts of a row without the empty ones; raises BadRow if there is none, or anything that is no text."""
+    try:
+        value = bare_texts(value)
+    except ValueError as error:
+        raise BadRow(str(error)) from error
     texts = [value] if isinstance(value, str) else value
     if texts is None or texts == []:
         raise BadRow("no text")

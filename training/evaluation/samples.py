@@ -11,6 +11,7 @@ from ..data.caption_dataset import ImageDataset, fill_prompt
 from ..data.image_identity import ImageNumbers, rows_by_image
 from ..data.images import NO_NAME, BadRow, FoundImage, find_images, open_image
 from ..data.rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
+from ..data.texts import bare_texts
 from ..data.transforms import clean_caption
 from ..system.utf8 import not_utf8
 
@@ -186,7 +187,8 @@ def file_id(name: str, row: int) -> int | str:
 
 
 def as_texts(value: object) -> list[str]:
-    """A text, a list of them, a number or nothing, as a list of texts."""
+    """A text, a list of them, a number or nothing, as a list of texts; raises ValueError for objects without a text."""
+    value = bare_texts(value)
     values = value if isinstance(value, list) else [] if value is None else [value]
     return [str(text) for text in values if text is not None]
 
