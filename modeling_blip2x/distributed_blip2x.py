@@ -72,6 +72,16 @@ def global_mean(local_sum: torch.Tensor, local_count: torch.Tensor | int) -> tor
     return share + (total / total_count.clamp(min=1) - share.detach())
 
 
+def share_of_items(local_sum: torch.Tensor, num_items_in_batch: torch.Tensor | float) -> torch.Tensor:
+    """What the terms of this forward add to a mean whose terms a trainer has counted: their sum over its count.
+
+    transformers' convention (`num_items_in_batch`): the trainer counts over all forwards of an optimiser step and all
+    processes, and undoes what it divides by itself. No exchange with other processes; 0 where there is nothing to count.
+    """
+    count = torch.as_tensor(num_items_in_batch, dtype=local_sum.dtype, device=local_sum.device)
+    return local_sum / count.clamp(min=torch.finfo(count.dtype).tiny)
+
+
 def global_sum(local: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, without gradient; the same on every rank."""
     total = local.detach().clone()

@@ -37,6 +37,8 @@ from .vision_blip2x import with_eager_attention
 class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, GenerationMixin):
     """Vision tower, Q-Former, projection and language model."""
 
+    accepts_loss_kwargs = True  # the loss divides by num_items_in_batch where Trainer counts it
+
     def __init__(
         self, config: Blip2xConfig, vision_model: nn.Module | None = None, language_model: nn.Module | None = None
     ):
@@ -183,6 +185,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         position_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
         **others: object,
     ) -> Blip2xForConditionalGenerationOutput | tuple:
         """Language-modelling logits and loss, given images and text.
@@ -202,6 +205,9 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             logits_to_keep: how many last positions of a decoder-only model get logits where there are no labels; 0 is all.
             shift_labels: (B, L) targets already aligned with the logits, which then replace labels (sequence-parallel
                 training shifts before it splits).
+            num_items_in_batch: labels as a trainer has counted them over an optimiser step (transformers' Trainer does); the
+                loss is then this forward's sum over them, so that every token weighs the same. Where they were counted with
+                those of placeholders, the count is lessened by their share of this batch.
             others: what else the language model's own forward takes.
 
         While training, logits are those of positions whose next token has a label in any row: (B, positions, vocabulary).
@@ -228,15 +234,21 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         if encoder_outputs is None:
             inputs_embeds, attention_mask = self.embed_prompt(input_ids, inputs_embeds, attention_mask, image, cache)
         if labels is not None:
-            labels = self._without_placeholders(labels, input_ids)
+            labels, given = self._without_placeholders(labels, input_ids), labels
+            if num_items_in_batch is not None:
+                first = 0 if self.config.is_encoder_decoder else 1  # a decoder-only model predicts from the second on
+                kept, counted = ((one[:, first:] != IGNORE).sum() for one in (labels, given))
+                num_items_in_batch = num_items_in_batch * kept / counted.clamp(min=1)
         if self.config.is_encoder_decoder:
             of_decoders = {"position_ids": position_ids, "shift_labels": shift_labels}
             self.signature.refuse(name for name, value in of_decoders.items() if value is not None)
             prompt = inputs_embeds, attention_mask, encoder_outputs
-            out, loss = self._encode_and_decode(*prompt, decoder_input_ids, decoder_attention_mask, labels, options)
+            decoder = decoder_input_ids, decoder_attention_mask
+            out, loss = self._encode_and_decode(*prompt, *decoder, labels, num_items_in_batch, options)
         else:
             options |= self.signature.positions(position_ids, attention_mask, inputs_embeds, cache)
-            out, loss = self._decode(inputs_embeds, attention_mask, labels, shift_labels, logits_to_keep, options)
+            targets = labels, shift_labels, num_items_in_batch
+            out, loss = self._decode(inputs_embeds, attention_mask, *targets, logits_to_keep, options)
         return self._output_of(out, loss, image)
 
     def _language_options(
@@ -314,6 +326,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
         shift_labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | float | None,
         logits_to_keep: int | torch.Tensor,
         options: dict,
     ) -> tuple[ModelOutput, torch.Tensor | None]:
@@ -335,7 +348,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         )
         if targets is None:
             return out, None
-        return out, language_modelling_loss(out.logits[:, : targets.shape[1]], targets)
+        return out, language_modelling_loss(out.logits[:, : targets.shape[1]], targets, num_items_in_batch)
 
     def _encode_and_decode(
         self,
@@ -345,6 +358,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         decoder_input_ids: torch.Tensor | None,
         decoder_attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | float | None,
         options: dict,
     ) -> tuple[ModelOutput, torch.Tensor | None]:
         """Output and loss of an encoder-decoder language model."""
@@ -364,7 +378,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             return_dict=True,
             **options,
         )
-        return out, None if labels is None else language_modelling_loss(out.logits, labels)
+        return out, None if labels is None else language_modelling_loss(out.logits, labels, num_items_in_batch)
 
     def decoder_inputs_of(self, labels: torch.Tensor) -> torch.Tensor:
         """Ids (B, T) that an encoder-decoder model's labels (B, T) are predicted from: from where generate starts.

@@ -33,7 +33,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
-from .distributed_blip2x import batch_sizes, fetch_rows, global_share, global_sum, rank
+from .distributed_blip2x import batch_sizes, fetch_rows, global_share, global_sum, rank, share_of_items
 from .losses_blip2x import image_text_similarity, itg_sum, itm_pairs, itm_sums
 from .matching_blip2x import Contrast, EncodedPairs
 from .outputs_blip2x import Blip2xForPreTrainingOutput, Blip2xTextFeatures
@@ -51,6 +51,7 @@ def chunked_backward(
     vision_embeds: torch.Tensor | None = None,
     negative_seed: int | None = None,
     negative_hardness: float = 1.0,
+    num_items_in_batch: torch.Tensor | float | None = None,
     accelerator: object | None = None,
 ) -> Blip2xForPreTrainingOutput:
     """Forward and backward of `model` with the memory of `chunk_size` pairs; returns losses and logits, detached.
@@ -86,6 +87,7 @@ def chunked_backward(
         means, gradients = _contrast_backward(model, contrast, images, texts, backward)
         temperature = model.temperature.detach()[0]
     whole = _whole(batch, contrast, gradients, negative_seed, negative_hardness)
+    whole.num_items_in_batch = num_items_in_batch
     means |= _chunks_backward(batch, whole, states, autocast, backward)
     return Blip2xForPreTrainingOutput(
         loss=sum(mean for name, mean in means.items() if name.startswith("loss")),
@@ -132,7 +134,8 @@ class _Whole:
     gradients: of ITC by the features of images (B, Q, P) and of texts (B, P); empty where ITC is no objective.
     negatives: global numbers of an image for each text and of a text for each image, (B,) each. texts: token ids and mask
     of the global batch. fetch: tower features of images by global number. All three None where ITM is no objective.
-    counts: how many terms each global mean has, by the name of the mean.
+    counts: how many terms each global mean has, by the name of the mean. num_items_in_batch: tokens of ITG as a trainer has
+    counted them over an optimiser step, which then stand in for the count of this batch.
     """
 
     gradients: tuple[torch.Tensor, ...]
@@ -140,6 +143,19 @@ class _Whole:
     negatives: tuple[torch.Tensor, torch.Tensor] | None = None
     texts: tuple[torch.Tensor, torch.Tensor] | None = None
     fetch: Callable[[torch.Tensor], torch.Tensor] | None = None
+    num_items_in_batch: torch.Tensor | float | None = None
+
+    def share(self, name: str, total: torch.Tensor) -> torch.Tensor:
+        """What a sum over terms of this process, or of a chunk, adds to the mean of that name."""
+        if name == "loss_itg" and self.num_items_in_batch is not None:
+            return share_of_items(total, self.num_items_in_batch)
+        return global_share(total, self.counts[name])
+
+    def mean(self, name: str, total: torch.Tensor) -> torch.Tensor:
+        """The mean over the global batch, of a process's sum; with num_items_in_batch what this process adds to it."""
+        if name == "loss_itg" and self.num_items_in_batch is not None:
+            return share_of_items(total, self.num_items_in_batch)
+        return global_sum(total) / self.counts[name].clamp(min=1)
 
 
 def _features(
@@ -212,7 +228,7 @@ def _chunks_backward(
             share, terms = _share_of(batch, whole, rows, state)
         backward(share)
         totals = {name: totals[name] + term for name, term in terms.items()}
-    return {name: global_sum(total) / whole.counts[name].clamp(min=1) for name, total in totals.items()}
+    return {name: whole.mean(name, total) for name, total in totals.items()}
 
 
 def _share_of(
@@ -230,10 +246,10 @@ def _share_of(
         chosen = itm_pairs(own, *(drawn[rows] for drawn in whole.negatives))
         logits = model.match_logits(pairs, chosen, whole.texts, whole.fetch)
         terms["loss_itm"], terms["itm_accuracy"] = itm_sums(logits, chosen.labels)
-        share = share + global_share(terms["loss_itm"], whole.counts["loss_itm"])
+        share = share + whole.share("loss_itm", terms["loss_itm"])
     if "itg" in model.config.objectives:
         terms["loss_itg"] = itg_sum(*model.text_logits(pairs))
-        share = share + global_share(terms["loss_itg"], whole.counts["loss_itg"])
+        share = share + whole.share("loss_itg", terms["loss_itg"])
     return share, {name: term.detach() for name, term in terms.items()}
 
 

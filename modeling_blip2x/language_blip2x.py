@@ -22,7 +22,7 @@ from torch import nn
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import logging
 
-from .distributed_blip2x import global_mean
+from .distributed_blip2x import global_mean, share_of_items
 
 logger = logging.get_logger(__name__)
 IGNORE = -100  # label of a token that no loss counts, as in torch and transformers
@@ -150,12 +150,17 @@ def _warn_of_float16() -> None:
     )
 
 
-def language_modelling_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def language_modelling_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | float | None = None
+) -> torch.Tensor:
     """Cross-entropy (B, T, vocabulary) against labels (B, T), in fp32, a mean over the supervised tokens.
 
     While training on several processes it is the mean over the global batch; in evaluation over this process's rows,
-    since processes need not evaluate in step.
+    since processes need not evaluate in step. With num_items_in_batch, the tokens as a trainer has counted them, it is what
+    these rows add to the mean over all.
     """
     total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    if num_items_in_batch is not None:
+        return share_of_items(total, num_items_in_batch)
     count = (labels != IGNORE).sum()
     return global_mean(total, count) if torch.is_grad_enabled() else total / count.clamp(min=1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .distributed_blip2x import global_mean
+from .distributed_blip2x import global_mean, share_of_items
 
 LABEL_SMOOTHING = 0.1  # ITC and ITG; figure of the official implementation
 
@@ -118,12 +118,18 @@ def itm_sums(itm_logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tens
     return F.cross_entropy(itm_logits, labels, reduction="sum"), correct
 
 
-def itg_loss(token_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def itg_loss(
+    token_logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | float | None = None
+) -> torch.Tensor:
     """Image-grounded text generation: mean over the tokens of the global batch, smoothed (section 3.2, ITG).
 
     token_logits (tokens, vocabulary) and labels (tokens,): predicted positions only, padding already left out.
+    num_items_in_batch: tokens as a trainer has counted them; the loss is then what these tokens add to the mean over all.
     """
-    return global_mean(itg_sum(token_logits, labels), len(labels))
+    total = itg_sum(token_logits, labels)
+    if num_items_in_batch is not None:
+        return share_of_items(total, num_items_in_batch)
+    return global_mean(total, len(labels))
 
 
 def itg_sum(token_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

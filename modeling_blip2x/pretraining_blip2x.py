@@ -78,6 +78,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
         interpolate_pos_encoding: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | list[int] | None = None,
+        num_items_in_batch: torch.Tensor | float | None = None,
     ) -> Blip2xForPreTrainingOutput | tuple:
         """The three losses of B image-text pairs, means over the global batch.
 
@@ -91,6 +92,8 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
                 evenly. A Q-Former trained from scratch needs easier ones first: to ITC the hardest look like matches, and
                 early in training ITM cannot tell more than ITC.
             output_attentions, output_hidden_states: also return those of tower and Q-Former.
+            num_items_in_batch: text tokens without [CLS], as a trainer has counted them over an optimiser step. loss_itg is
+                then this forward's sum over them, so that every token weighs the same; ITC and ITM stay means of this batch.
 
         Raises:
             ValueError: no text, or numbers of images and texts that differ.
@@ -117,7 +120,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
         if "itm" in self.config.objectives:
             losses["loss_itm"], itm_accuracy = self.match(pairs, contrast, negative_seed, negative_hardness)
         if "itg" in self.config.objectives:
-            losses["loss_itg"] = itg_loss(*self.text_logits(pairs))
+            losses["loss_itg"] = itg_loss(*self.text_logits(pairs), num_items_in_batch)
         return Blip2xForPreTrainingOutput(
             loss=sum(losses.values()),
             **losses,

@@ -3,6 +3,7 @@
 Stage 1 and the fine-tuning of retrieval share the first, stage 2 and every other fine-tuning the second.
 """
 
+import torch
 from accelerate import Accelerator
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
@@ -11,6 +12,7 @@ from ..arguments.finetuning import FinetuneArguments
 from ..arguments.pretraining import Stage1Arguments, Stage2Arguments
 from ..data.caption_dataset import CaptionDataset, JointDataset
 from ..data.collators import Stage1Collator, language_collator
+from ..data.token_counts import label_tokens, text_tokens
 from ..evaluation.validation import validate_image_text, validate_language
 from ..models.loading import agree_on_texts
 from .chunked_step import chunked_step
@@ -57,7 +59,7 @@ def image_text_task(
         )
 
     step = chunked_step(args.itc_chunk_size) if args.itc_chunk_size else plain_step
-    return Task(collator(cropped=args.augment), validate, negatives, step)
+    return Task(collator(cropped=args.augment), text_tokens, validate, negatives, step)
 
 
 def hardness_at(step: int, steps: int) -> float:
@@ -89,7 +91,11 @@ def language_task(
             accelerator, model, processor, eval_set, collator, args.eval_batch_size, args.eval_samples
         )
 
-    return Task(language_collator(model, processor, args.max_text_length, cropped=args.augment), validate)
+    def count_tokens(batch: dict) -> torch.Tensor:
+        return label_tokens(batch, model.config.is_encoder_decoder)
+
+    collator = language_collator(model, processor, args.max_text_length, cropped=args.augment)
+    return Task(collator, count_tokens, validate)
 
 
 def prompt_template(args: Stage2Arguments | FinetuneArguments, is_encoder_decoder: bool) -> str | None:

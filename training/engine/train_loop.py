@@ -20,8 +20,10 @@ from ..reporting.meter import Meter, close_trackers, log, losses_of, shown
 from ..system.signals import StopSignal
 from .best import Best, write_best
 from .checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
+from .finite import agree, clip_gradients, gradient_norm, not_finite
 from .optimizer import AveragedWeights, Schedule, set_learning_rate
 from .sharding import keep_embeddings_whole, plan_sharding
+from .token_weights import tokens_per_forward
 
 
 def plain_step(accelerator: Accelerator, model: torch.nn.Module, inputs: dict):
@@ -37,12 +39,14 @@ class Task:
     """What one kind of training brings.
 
     collate: dataset items to a training batch, named as the model's arguments.
+    count_tokens: of a batch, those that the model's loss on texts is a mean over.
     validate: figures of the model as it is, on all processes; its argument says whether it is the last time.
     inputs_of: more arguments for the model, given the number of the forward.
     step: of (accelerator, model, inputs); leaves gradients, returns the outputs.
     """
 
     collate: Callable[[list[dict]], dict]
+    count_tokens: Callable[[dict], torch.Tensor]
     validate: Callable[[bool], dict]
     inputs_of: Callable[[int], dict] = lambda forward: {}
     step: Callable = plain_step
@@ -68,8 +72,8 @@ def train(
         batches: this process's micro-batches from the resumed position on.
         best: judges the validations. watch: warns of what it sees in the figures.
 
-    Returns the averaged weights, if any. Raises FloatingPointError when a loss is not finite, on any process, and
-    SystemExit(128 + signal) after Ctrl-C or SIGTERM.
+    Returns the averaged weights, if any. Raises FloatingPointError when a loss or a gradient is not finite, on any process,
+    and SystemExit(128 + signal) after Ctrl-C or SIGTERM.
     """
     output_dir, max_steps, forwards = Path(args.output_dir), schedule.max_steps, args.gradient_accumulation_steps
     plan_sharding(accelerator, model)
@@ -95,18 +99,20 @@ def train(
         for step in range(state["step"] + 1, max_steps + 1):
             rate = schedule.rate_at(step - 1)
             set_learning_rate(optimizer, rate)
-            losses = []
-            for micro in range(forwards):
-                batch = send_to_device(next(batches), accelerator.device, non_blocking=True)
+            micro_batches, losses = [next(batches) for _ in range(forwards)], []
+            tokens = tokens_per_forward(accelerator, micro_batches, task.count_tokens)
+            for micro, batch in enumerate(micro_batches):
+                batch = send_to_device(batch, accelerator.device, non_blocking=True)
+                inputs = batch | task.inputs_of((step - 1) * forwards + micro) | {"num_items_in_batch": tokens}
                 with accelerator.accumulate(model):
-                    outputs = task.step(accelerator, model, batch | task.inputs_of((step - 1) * forwards + micro))
+                    outputs = task.step(accelerator, model, inputs)
                     losses.append(losses_of(outputs))
                     if accelerator.sync_gradients:
-                        broken, signal_number = agree(accelerator, losses, stop.number)
+                        meter.grad_norm = gradient_norm(accelerator, model)
+                        broken, signal_number = agree(accelerator, losses, meter.grad_norm, stop.number)
                         if broken:
-                            raise not_finite(broken, losses, step, output_dir)
-                        if args.max_grad_norm:
-                            meter.grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                            raise not_finite(accelerator, model, broken, losses, step, output_dir)
+                        clip_gradients(model, args.max_grad_norm, meter.grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
                 size = len(next(iter(batch.values()))) * accelerator.num_processes
@@ -151,28 +157,3 @@ def validate(model: torch.nn.Module, task: Task, final: bool = False) -> dict[st
     with query_similarity(model) as similarity:
         figures = task.validate(final)
     return figures | similarity if figures else {}
-
-
-def agree(accelerator: Accelerator, losses: list[dict], signal_number: int) -> tuple[list[str], int]:
-    """Losses that are not finite on some process, and the signal that some process got; the same on all.
-
-    One exchange of a few integers a step, so that processes stop together and none waits for one that has gone.
-    """
-    finite = torch.stack([torch.stack([torch.isfinite(forward[n]) for forward in losses]).all() for n in losses[0]])
-    flags = torch.cat([~finite, finite.new_zeros(1)]).to(torch.int32)
-    flags[-1] = signal_number
-    if accelerator.num_processes > 1:
-        torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    *broken, signal_number = flags.tolist()
-    return [name for name, is_broken in zip(losses[0], broken) if is_broken], signal_number
-
-
-def not_finite(broken: list[str], losses: list[dict], step: int, output_dir: Path) -> FloatingPointError:
-    """The error that names the parts of the loss that are inf or NaN."""
-    parts = [name for name in broken if name != "loss"] or broken
-    values = "; ".join(str({name: value.item() for name, value in forward.items()}) for forward in losses)
-    return FloatingPointError(
-        f"Step {step}: {', '.join(parts)} is not finite (losses of this process: {values}). The last whole checkpoint "
-        f"under {output_dir / 'checkpoints'} is intact. Try a lower --learning_rate, more --warmup_steps, or bf16 in "
-        "place of fp16."
-    )

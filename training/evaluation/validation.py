@@ -1,7 +1,7 @@
 """Validation of both stages: losses, image-text matching and retrieval; token accuracy."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -9,10 +9,12 @@ from accelerate.utils import send_to_device
 
 from modeling_blip2x import Blip2xProcessor
 from modeling_blip2x.language_blip2x import IGNORE
+from modeling_blip2x.losses_blip2x import itg_sum
 
 from ..data.caption_dataset import CaptionDataset, JointDataset, make_loader
 from ..data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from ..data.order import BatchOrder, EpochOrder
+from ..data.token_counts import text_tokens
 from ..metrics.retrieval_recall.scores import recall_at_k
 from ..reporting.meter import measured
 from .retrieval import RetrievalSet, rerank
@@ -48,15 +50,7 @@ def validate_image_text(
     CIDEr and BLEU-4 of what the ITG head writes for the first `samples` images."""
     if dataset is None:
         return {}
-    order = BatchOrder(
-        EpochOrder(len(dataset), seed=0),
-        batch_size,
-        max(1, len(dataset) // (batch_size * accelerator.num_processes)),
-        rank=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    )
-    batches = make_loader(dataset, order, collator, 0, accelerator.device.type == "cuda")
-    figures = mean_losses(accelerator, model, batches, lambda batch: {"negative_seed": batch})
+    figures = image_text_losses(accelerator, model, dataset, collator, batch_size)
     if accelerator.is_main_process:  # no exchange with other processes from here on
         data = RetrievalSet(model, dataset, collator, accelerator)
         figures |= recall_at_k(data.cosines, data.owner)
@@ -94,21 +88,58 @@ def validate_language(
 
 
 @torch.no_grad()
-def mean_losses(
-    accelerator: Accelerator, model: torch.nn.Module, batches: Iterable[dict], forward_inputs: Callable[[int], dict]
+def image_text_losses(
+    accelerator: Accelerator, model: torch.nn.Module, dataset: CaptionDataset, collator: Stage1Collator, batch_size: int
 ) -> dict[str, float]:
-    """Means over batches of the losses and ITM accuracy, as eval_NAME.
+    """Losses and ITM accuracy as eval_NAME, and their total.
 
-    All processes call it with as many batches: the losses of stage 1 span processes.
+    ITC and ITM contrast the pairs of a batch: they are means over the whole batches, of one where there are fewer rows.
+    ITG is the mean over the tokens of every row, once, whatever the size of a batch.
     """
     model.eval()
-    sums, count = {}, 0
-    for number, batch in enumerate(batches):
-        outputs = model(**send_to_device(batch, accelerator.device), **forward_inputs(number))
+    order, processes, rank = EpochOrder(len(dataset), seed=0), accelerator.num_processes, accelerator.process_index
+    whole_batches = len(dataset) // (batch_size * processes)
+    contrasted = BatchOrder(order, batch_size, max(1, whole_batches), rank=rank, num_processes=processes)
+    sums, itg = {}, torch.zeros(2, dtype=torch.float64)  # loss and number of tokens
+    for number, batch in enumerate(make_loader(dataset, contrasted, collator, 0, accelerator.device.type == "cuda")):
+        batch = send_to_device(batch, accelerator.device)
+        outputs = model(**batch, negative_seed=number, num_items_in_batch=1)  # one item: ITG is a sum
         for name, value in measured(outputs).items():
             sums[name] = sums.get(name, 0.0) + value
-        count += 1
-    return {f"eval_{name}": accelerator.reduce(total / count, "mean").item() for name, total in sums.items()}
+        if "loss_itg" in sums and whole_batches:  # one batch of fewer rows has some of them twice
+            itg += torch.stack([outputs.loss_itg.double(), text_tokens(batch).double()]).cpu()
+    means = {name: accelerator.reduce(total / len(contrasted), "mean").item() for name, total in sums.items()}
+    if "loss_itg" in means:
+        rest = [order(position) for position in range(whole_batches * batch_size * processes, len(dataset))]
+        if rest:
+            itg += rest_of_itg(accelerator, model, dataset, collator, rest)
+        total, tokens = accelerator.reduce(itg.to(accelerator.device, torch.float32), "sum").tolist()
+        means["loss_itg"] = total / max(tokens, 1)
+    means["loss"] = sum(value for name, value in means.items() if name.startswith("loss_"))
+    return {f"eval_{name}": value for name, value in means.items()}
+
+
+def rest_of_itg(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    dataset: CaptionDataset,
+    collator: Stage1Collator,
+    rows: list[tuple[int, int]],
+) -> torch.Tensor:
+    """Summed ITG loss and number of tokens, (2,), of this process's share of rows that fill no batch."""
+    own = rows[accelerator.process_index :: accelerator.num_processes]
+    batch = send_to_device(collator([dataset[key] for key in own or rows[:1]]), accelerator.device)  # all take part
+    ids = batch["input_ids"]
+    with accelerator.autocast():
+        pairs = model.encode_pairs(
+            batch.get("pixel_values"),
+            ids,
+            batch["attention_mask"],
+            batch.get("vision_embeds"),
+            decoder_ids=model.decoder_ids(ids),
+        )
+        total = itg_sum(*model.text_logits(pairs))
+    return torch.stack([total.double(), text_tokens(batch).double()]).cpu() * bool(own)
 
 
 @torch.no_grad()
