@@ -184,7 +184,6 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         cache: object | None = None,
         position_ids: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
         **others: object,
     ) -> Blip2xForConditionalGenerationOutput | tuple:
@@ -203,12 +202,11 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             cache: of an earlier forward, to go on from; past_key_values is its name up to transformers 5.23.
             position_ids: (B, L) of a decoder-only model; counted from mask and cache by default.
             logits_to_keep: how many last positions of a decoder-only model get logits where there are no labels; 0 is all.
-            shift_labels: (B, L) targets already aligned with the logits, which then replace labels (sequence-parallel
-                training shifts before it splits).
             num_items_in_batch: labels as a trainer has counted them over an optimiser step (transformers' Trainer does); the
                 loss is then this forward's sum over them, so that every token weighs the same. Where they were counted with
                 those of placeholders, the count is lessened by their share of this batch.
-            others: what else the language model's own forward takes.
+            others: what else the language model's own forward takes, and shift_labels (B, L): targets already aligned with
+                the logits, which then replace labels (sequence-parallel training shifts before it splits).
 
         While training, logits are those of positions whose next token has a label in any row: (B, positions, vocabulary).
 
@@ -230,6 +228,8 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
             output_hidden_states,
         )
         cache = longer_cache(cache, past_key_values)
+        # Not in the signature, where Trainer takes what has label in its name for something that every batch has.
+        shift_labels = others.pop("shift_labels", None)
         options = self._language_options(others, cache, use_cache, output_attentions, output_hidden_states)
         if encoder_outputs is None:
             inputs_embeds, attention_mask = self.embed_prompt(input_ids, inputs_embeds, attention_mask, image, cache)
