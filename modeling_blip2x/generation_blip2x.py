@@ -242,9 +242,8 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         if self.config.is_encoder_decoder:
             of_decoders = {"position_ids": position_ids, "shift_labels": shift_labels}
             self.signature.refuse(name for name, value in of_decoders.items() if value is not None)
-            prompt = inputs_embeds, attention_mask, encoder_outputs
-            decoder = decoder_input_ids, decoder_attention_mask
-            out, loss = self._encode_and_decode(*prompt, *decoder, labels, num_items_in_batch, options)
+            prompt = inputs_embeds, attention_mask, encoder_outputs, decoder_input_ids, decoder_attention_mask
+            out, loss = self._encode_and_decode(*prompt, labels, num_items_in_batch, options)
         else:
             options |= self.signature.positions(position_ids, attention_mask, inputs_embeds, cache)
             targets = labels, shift_labels, num_items_in_batch

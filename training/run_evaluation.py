@@ -34,7 +34,7 @@ from blip2x_training.evaluation.predict import Predictions, choose, drop_unreada
 from blip2x_training.evaluation.published import PUBLISHED
 from blip2x_training.evaluation.report.card import write_card
 from blip2x_training.evaluation.report.page import write_report
-from blip2x_training.evaluation.results import table, write_results
+from blip2x_training.evaluation.results import table, unanswered, write_results
 from blip2x_training.evaluation.samples import EvaluationSet
 from blip2x_training.evaluation.scoring import counts, make_records, score
 from blip2x_training.system.fingerprints import weights_fingerprint
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         skipped = data.skipped + skipped
         stop_if_too_many_skipped(args, skipped, num_rows)
-        notes = list(checkpoint.notes)
+        notes = list(checkpoint.notes) + unanswered(args, data, records)
         metrics, main_metric = score(args, records, predicted.metrics, lemmatize, notes)
         summary = {
             "model": args.model,
@@ -216,7 +216,7 @@ def finish(
 ) -> None:
     """Write every file and print the figures."""
     output_dir = Path(args.output_dir)
-    written = write_results(output_dir, args, records, skipped, summary)
+    written = write_results(output_dir, args, records, skipped, summary, data)
     print(f"\n{table(summary)}")
     if args.report:
         written += write_report(output_dir, summary, records, data, checkpoint)

@@ -40,6 +40,9 @@ class Sample:
 class EvaluationSet(ImageDataset):
     """Samples over images. `skipped` has a report for each row whose image is missing.
 
+    `asked` is everything that the data asks, in its order, as an evaluation server wants it answered; `samples` are those
+    of it that can be shown to a model, and `places` their numbers in `asked`.
+
     Items ([epoch, sample], as data sets of training are indexed) hold `image`, `prompt` and `text`, the first reference.
 
     Args:
@@ -70,7 +73,13 @@ class EvaluationSet(ImageDataset):
                 f"No image of the {len(found)} rows of {name} is there, the first: {first['name']}: {first['reason']}. Relative "
                 f"paths start at {folder or 'the working directory'}; --image_folder changes it."
             )
-        self.samples = self.read(rows, found, text_column, prompt_column, clean_texts, clean_questions)
+        self.faults = {report["row"] for report in self.skipped}
+        self.asked = self.read(rows, found, text_column, prompt_column, clean_texts, clean_questions)
+        shown = [place for place, sample in enumerate(self.asked) if sample.row not in self.faults]
+        self.places = [place for place in shown if self.asked[place].question or task != "vqa"]
+        blank = [self.asked[place].row for place in shown if not self.asked[place].question and task == "vqa"]
+        self.skipped += [self.report(row, BadRow("blank question")) for row in blank]
+        self.samples = [self.asked[place] for place in self.places]
         if self.skipped and not self.samples:
             first = self.skipped[0]
             raise ValueError(
@@ -86,7 +95,7 @@ class EvaluationSet(ImageDataset):
         clean_texts: bool,
         clean_questions: bool,
     ) -> list[Sample]:
-        """The samples of all rows whose image is there: a question each, or an image each with all its texts."""
+        """What all rows ask, whether their image is there or not: a question each, or an image each with all its texts."""
         texts = read_column(rows, text_column, COLUMNS[self.task], "text_column")
         id_column = next((name for name in IMAGE_ID_COLUMNS if name in rows.column_names), None)
         ids = rows[id_column][:] if id_column else [None] * len(found)
@@ -100,30 +109,38 @@ class EvaluationSet(ImageDataset):
         questions = [None] * len(found)
         if self.task == "vqa":
             questions = rows[find_column(rows, prompt_column, PROMPT_COLUMNS, "prompt_column")][:]
-        here = []
-        for row, image in enumerate(found):
+        for row in range(len(found)):
             fault = not_utf8(texts[row], questions[row])
-            if fault is not None and not isinstance(image, BadRow):
+            if fault is not None and row not in self.faults:
                 self.skipped.append(self.report(row, BadRow(fault)))
-            elif not isinstance(image, BadRow):
-                here.append(row)
+                self.faults.add(row)
         samples: list[Sample] = []
         if self.task == "vqa":
             numbers = rows["question_id"][:] if "question_id" in rows.column_names else None
-            for row in here:
-                for question, answers in turns_of(row, questions[row], texts[row]):
+            for row, question in enumerate(questions):
+                turns = turns_of(row, question, texts[row])
+                if numbers and not turns:
+                    turns = [("", [])]  # blank, but a server that knows its number waits for an answer
+                for question, answers in turns:
                     number = numbers[row] if numbers else len(samples)
                     question = clean_question(question) if clean_questions else question
                     samples.append(sample(row, answers, question=question, question_id=number))
             return samples
         if self.task == "classification":
-            return [sample(row, as_labels(texts[row])) for row in here]
+            return [sample(row, as_labels(value)) for row, value in enumerate(texts)]
+        here = [row for row in range(len(found)) if row not in self.faults]
         numbers = ImageNumbers().number_rows(found, [None if one is None else str(one) for one in ids])
         for rows_of_image in rows_by_image(here, found, numbers):
             captions = [text for row in rows_of_image for text in as_texts(texts[row])]
             captions = [clean_caption(text) for text in captions] if clean_texts else captions
             samples.append(sample(rows_of_image[0], [text for text in captions if text.strip()]))
-        return samples
+        # An image that no usable row shows is asked about all the same, once.
+        named = {one.image_id for one in samples}
+        for row in sorted(self.faults):
+            lost = sample(row, [])
+            samples += [lost] if lost.image_id not in named else []
+            named.add(lost.image_id)
+        return sorted(samples, key=lambda one: one.row)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -157,7 +174,8 @@ class EvaluationSet(ImageDataset):
 
     def drop(self, numbers: set[int]) -> None:
         """Leave samples out."""
-        self.samples = [sample for number, sample in enumerate(self.samples) if number not in numbers]
+        self.places = [place for number, place in enumerate(self.places) if number not in numbers]
+        self.samples = [self.asked[place] for place in self.places]
 
     def report(self, row: int, fault: BadRow) -> dict:
         return {"row": row, "name": self.name(row), "reason": str(fault)}
