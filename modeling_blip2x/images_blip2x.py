@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 # What Pillow decodes itself and knows by its first bytes. EPS and WMF, which it hands to other programs, are not here.
 # HEIF is read where the package pillow-heif has been registered.
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF AVIF JPEG2000 MPO PPM DIB ICO QOI HEIF".split()
+BY_OTHER_PROGRAMS = ("EPS", "WMF")  # of which Pillow draws a picture that it has opened by Ghostscript or by Windows
 CHANNELS = (1, 3, 4)
 UNCLEAR = 3  # floats whose largest is from 1 to here may be fractions that overshot, or normalised pixels
 HALF_LEVEL = 0.5 / 255  # what rounding to 8 bits takes away
@@ -38,12 +39,17 @@ def rgb_image(source) -> Image.Image:
         - floats: 0 to 1, or where any is larger 0 to 255; the largest not between 1 and 3, which could be either.
 
     Raises:
-        ValueError: a file that is missing, cut off or no picture; a shape or levels that are none of these.
+        ValueError: a file that is missing, cut off or no picture; a PIL image of EPS or WMF; a shape or levels that are none of these.
         TypeError: a source that is none of these.
     """
     if isinstance(source, dict):
         source = _of_dict(source)
     if isinstance(source, Image.Image):
+        if source.format in BY_OTHER_PROGRAMS:
+            raise ValueError(
+                f"The {source.format} image of {source.width} x {source.height} would be drawn by another program. Give a "
+                f"picture in one of {', '.join(FORMATS)}."
+            )
         try:
             source.load()
         except Exception as error:  # it was opened, but not decoded yet

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from blip2x_training.cache_features import Views
 from blip2x_training.data import transforms
@@ -171,6 +171,10 @@ def test_what_has_no_certain_levels_is_refused_with_its_range(wrong, message):
         rgb_image(wrong)
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+PAGE = Image.new("RGB", (9, 9)).im
+
+
 def test_what_is_no_picture_at_all():
     for wrong in (None, 5, [PIXELS]):
         with pytest.raises(TypeError, match=f"An image is a {type(wrong).__name__}"):
@@ -189,7 +193,7 @@ def test_paths_bytes_and_dictionaries_show_the_same(tmp_path):
 def test_files_that_cannot_be_read_are_named(tmp_path):
     whole = encoded(Image.fromarray(np.resize(PIXELS[::-1], (30, 30, 3))), compress_level=0)
     files = {"cut.png": whole[:900], "text.png": b"hello", "empty.png": b""}
-    files["page.eps"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    files["page.eps"] = EPS
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     os.mkfifo(tmp_path / "pipe.png")
@@ -211,7 +215,16 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         rgb_image(Image.open(tmp_path / "cut.png"))
 
 
-def test_no_format_is_taken_that_another_program_reads():
+def test_no_format_is_taken_that_another_program_reads(monkeypatch):
+    called = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *arguments, **options: called.append(1) or PAGE)
+    opened_by_the_caller = Image.open(io.BytesIO(EPS))
+    assert opened_by_the_caller.format == "EPS"
+    with pytest.raises(ValueError, match="EPS image of 9 x 9 would be drawn by another program"):
+        rgb_image(opened_by_the_caller)
+    with pytest.raises(ValueError, match="no known image format"):
+        rgb_image(EPS)
+    assert not called
     assert not {"EPS", "WMF", "EMF", "GRIB", "HDF5", "BUFR"} & set(FORMATS)
 
 

@@ -17,7 +17,10 @@ import numpy as np
 
 from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+IMAGES = (
+    "jpg", "jpeg", "jfif", "png", "webp", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif", "jp2",
+    "qoi", "ico", "heic", "heif",
+)  # fmt: skip
 # A file of text becomes a column: of its name's ending, or "text" for .txt. A .json brings the columns of its keys.
 TEXTS = (*TEXT_COLUMNS, *PROMPT_COLUMNS)
 TEXT_BYTES = 2**20  # the longest text that is read
