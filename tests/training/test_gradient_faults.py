@@ -97,3 +97,31 @@ def test_float16_skips_what_overflows_but_not_for_ever(fields, tmp_path):
     assert script.wait() == [1], script.text()
     assert f"error: Step 31: the gradient of {SPOILT} is not finite" in script.text(), script.text()
     assert steps_logged(out) == 30 and not steps_saved(out)
+
+
+def spoil_a_shard() -> None:
+    """Before the second step one number of the shard of rank 1 is NaN."""
+    from blip2x_training.engine import train_loop
+
+    norm, calls = train_loop.gradient_norm, []
+
+    def spoilt(accelerator, model):
+        calls.append(1)
+        gradient = accelerator.unwrap_model(model).get_parameter(SPOILT).grad.to_local()
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            gradient.view(-1)[0] = float("nan")
+        return norm(accelerator, model)
+
+    train_loop.gradient_norm = spoilt
+
+
+@pytest.mark.slow
+def test_a_sharded_gradient_is_judged_and_named_whole(fields, tmp_path):
+    out = tmp_path / "out"
+    run = {**fields, "output_dir": out, "per_device_train_batch_size": 2}
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+    sharded |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+    script = Script(run, tmp_path / "log", processes=2, patch=spoil_a_shard, environment=sharded)
+    assert script.wait() == [1, 1], script.text()
+    assert script.text().count(f"error: Step 2: the gradient of {SPOILT} is not finite") == 2, script.text()
+    assert_intact(out, [1])
