@@ -118,6 +118,10 @@ def main(argv: list[str] | None = None) -> None:
         else None,
     )
     trainer.train()
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise FloatingPointError(
+            f"The weights are not finite after training with --learning_rate {args.learning_rate}; nothing is saved. Lower it."
+        )
     if args.eval_split:
         loss = trainer.evaluate()["eval_loss"]
         print(f"{args.eval_split}: loss {loss:.3f} a token, perplexity {torch.tensor(loss).exp():.1f}")
@@ -130,5 +134,5 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")

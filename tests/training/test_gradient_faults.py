@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 
-from blip2x_training import pretrain_stage1
+from blip2x_training import caption_language, pretrain_stage1
 from blip2x_training.engine.checkpoint import steps_saved
+from blip2x_training.toy import language_model
 from modeling_blip2x import Blip2xForPreTraining
 from tests.helpers.processes import Script, flags, make_parts, steps_logged
 
@@ -125,3 +127,23 @@ def test_a_sharded_gradient_is_judged_and_named_whole(fields, tmp_path):
     assert script.wait() == [1, 1], script.text()
     assert script.text().count(f"error: Step 2: the gradient of {SPOILT} is not finite") == 2, script.text()
     assert_intact(out, [1])
+
+
+def test_language_models_of_captions_and_toys_are_not_saved_with_nan(fields, tmp_path, monkeypatch):
+    """Their loops are others: the one of transformers' Trainer, and a few lines."""
+    monkeypatch.setattr(Trainer, "train", lambda trainer: trainer.model.lm_head.weight.data.fill_(float("nan")))
+    flags_of = {"dataset": fields["dataset"], "text_column": "captions", "output_dir": tmp_path / "llm"}
+    with pytest.raises(FloatingPointError, match="not finite after training with --learning_rate"):
+        caption_language.main(flags({**flags_of, "vocab_size": 300, "hidden_size": 48, "num_hidden_layers": 1}))
+    assert not (tmp_path / "llm" / "config.json").exists()
+    make = language_model.make_model
+
+    def spoilt(vocabulary: int):
+        model = make(vocabulary)
+        next(model.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+        return model
+
+    monkeypatch.setattr(language_model, "make_model", spoilt)
+    with pytest.raises(RuntimeError, match="non-finite"):
+        language_model.pretrain_language(tmp_path / "toy", seed=0, steps=1, scenes=40)
+    assert not (tmp_path / "toy").exists()

@@ -79,9 +79,12 @@ def not_finite(
 
 
 def spoilt_parameters(accelerator: Accelerator, model: torch.nn.Module) -> list[str]:
-    """Names of parameters whose gradient is not finite on some process, the same list on all."""
+    """Names of parameters whose gradient is not finite on some process, the same list on all.
+
+    DeepSpeed has dropped the gradients by then: where it has not spoilt the parameter itself, there is no name.
+    """
     parameters = accelerator.unwrap_model(model).named_parameters()
     trained = {name: p if p.grad is None else p.grad for name, p in parameters if p.requires_grad}
     own = [name for name, tensor in trained.items() if not torch.isfinite(whole(tensor).norm())]
     found = set(gather_object(own))
-    return [name for name in trained if name in found] or ["all parameters together"]
+    return [name for name in trained if name in found] or ["some parameter"]

@@ -142,7 +142,7 @@ def pretrain_language(output_dir: str | Path, seed: int, steps: int = STEPS, sce
         logits = model(input_ids=ids).logits[:, :-1]  # padding stands on the right, where the causal mask hides it
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

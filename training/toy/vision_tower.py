@@ -130,7 +130,7 @@ def pretrain_vision(output_dir: str | Path, seed: int, steps: int = STEPS, pictu
         losses = dense_losses(head(features_of(tower, pixels[rows])), targets[rows])
         loss = sum(losses.values())
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=True)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
