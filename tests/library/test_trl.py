@@ -1,5 +1,7 @@
 """TRL's SFTTrainer trains LoRA on a conversation data set with pictures."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,10 @@ COLOURS = ("red", "green", "blue", "red")
 QUESTION = [{"role": "user", "content": "what colour is it ?"}]
 
 
-def trainer_for(rows: list[dict], model, folder, steps: int) -> SFTTrainer:
+def trainer_for(rows: list[dict], model, folder, steps: int, batch_size: int = 4) -> SFTTrainer:
     arguments = SFTConfig(
-        folder, max_steps=steps, per_device_train_batch_size=4, learning_rate=2e-2, lr_scheduler_type="constant",
+        folder, max_steps=steps, per_device_train_batch_size=batch_size, gradient_accumulation_steps=4 // batch_size,
+        max_grad_norm=1e9, learning_rate=2e-2, lr_scheduler_type="constant",
         report_to=[], use_cpu=True, bf16=False, save_strategy="no", logging_steps=1, max_length=None, disable_tqdm=True,
         gradient_checkpointing=False,
     )  # fmt: skip
@@ -63,3 +66,18 @@ def test_the_loss_is_that_of_the_model(model, tmp_path):
     assert (batch["labels"] != -100).sum() == 2 * len(rows)  # the colour and its full stop
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(right.item(), abs=1e-4)
+
+
+def test_accumulation_weighs_tokens_alike(model, tmp_path):
+    """Three answers of one word and one of nine: the same loss and gradient however the four are cut."""
+    answers = ("red", "green", "a photo of the blue circle on the left", "red")
+    rows = [
+        {"images": [image(colour)], "prompt": QUESTION, "completion": [{"role": "assistant", "content": answer}]}
+        for colour, answer in zip(COLOURS, answers)
+    ]
+    lines = []
+    for batch_size in (4, 2, 1):
+        trainer = trainer_for(rows, copy.deepcopy(model), tmp_path, steps=1, batch_size=batch_size)
+        trainer.train()
+        lines.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert lines[1] == pytest.approx(lines[0], rel=1e-5) and lines[2] == pytest.approx(lines[0], rel=1e-5)

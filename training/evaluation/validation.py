@@ -107,7 +107,7 @@ def image_text_losses(
         for name, value in measured(outputs).items():
             sums[name] = sums.get(name, 0.0) + value
         if "loss_itg" in sums and whole_batches:  # one batch of fewer rows has some of them twice
-            itg += torch.stack([outputs.loss_itg.double(), text_tokens(batch).double()]).cpu()
+            itg += torch.stack([outputs.loss_itg.float(), text_tokens(batch).float()]).cpu()
     means = {name: accelerator.reduce(total / len(contrasted), "mean").item() for name, total in sums.items()}
     if "loss_itg" in means:
         rest = [order(position) for position in range(whole_batches * batch_size * processes, len(dataset))]
@@ -139,7 +139,7 @@ def rest_of_itg(
             decoder_ids=model.decoder_ids(ids),
         )
         total = itg_sum(*model.text_logits(pairs))
-    return torch.stack([total.double(), text_tokens(batch).double()]).cpu() * bool(own)
+    return torch.stack([total.float(), text_tokens(batch).float()]).cpu() * bool(own)
 
 
 @torch.no_grad()
