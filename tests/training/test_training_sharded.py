@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoModelForPreTraining
 
 from blip2x_training.engine.checkpoint import steps_saved
+from blip2x_training.engine.sharding import plan_sharding
 from tests.helpers.processes import PATIENCE, Script, flags, free_port, make_parts, steps_logged, until
 from tests.helpers.training_parts import make_language_model
 
@@ -139,6 +142,12 @@ def stop_after_two() -> None:
         return broken, 15 if len(seen) == 2 else number
 
     train_loop.agree = agree_and_stop
+
+
+def test_fsdp_of_version_1_is_refused():
+    accelerator = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
+    with pytest.raises(ValueError, match="Set fsdp_version: 2"):
+        plan_sharding(accelerator, torch.nn.Linear(1, 1))
 
 
 def test_sharded_run_equals_one_process_and_loads_there(parts, stage_and_whole):

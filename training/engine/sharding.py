@@ -55,7 +55,14 @@ def plan_sharding(accelerator: Accelerator, model: torch.nn.Module) -> None:
     With a language model, each layer of it and of the tower. Q-Former and heads stay with the root, whose parameters are
     gathered once a step: their methods are called one by one, and sharding hooks into forward alone. Stage 1 is all root,
     so that its validation can encode images on one process.
+
+    Raises ValueError for FSDP of version 1, whose flat parameters are neither saved nor clipped by name here.
     """
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ValueError(
+            "The accelerate config shards by FSDP of version 1. Set fsdp_version: 2, as in "
+            "training/configs/accelerate/fsdp2.yaml."
+        )
     if not accelerator.is_fsdp2:
         return
     plugin = accelerator.state.fsdp_plugin
