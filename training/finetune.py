@@ -10,17 +10,19 @@ continues from the last whole checkpoint. --help lists the fields.
 
 import sys
 
+from accelerate import Accelerator
 from transformers import AutoConfig, AutoProcessor
 
 from blip2x_training.arguments.finetuning import FinetuneArguments
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.image_processor import load_image_processor
-from blip2x_training.data.splits import load_splits, steps_of
+from blip2x_training.data.splits import load_splits
 from blip2x_training.engine.fit import already_finished, fit
 from blip2x_training.engine.start import start_run
 from blip2x_training.engine.tasks import image_text_task, language_task
 from blip2x_training.models.loading import load_language_tokenizer
 from blip2x_training.models.quantize import four_bits, load_language_model_in_4bit, mark_as_quantized
+from blip2x_training.system.processes import folder_of_run
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.configuration_blip2x import OBJECTIVES
 
@@ -31,10 +33,16 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = start_run(
         args, unused_parameters=args.task == "retrieval" and set(args.objectives) != set(OBJECTIVES)
     )
+    with folder_of_run(args.output_dir, accelerator):
+        run(args, accelerator)
+
+
+def run(args: FinetuneArguments, accelerator: Accelerator) -> None:
+    """Data, model and processor by the fields, and the training of them."""
     image_processor = load_image_processor(args.init_from, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor, args.prompt)
     # Asked before the model is built, so that repeating a finished command costs seconds.
-    if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
+    if already_finished(args, accelerator, train_set, eval_set):
         return
     tune = tune_retrieval if args.task == "retrieval" else tune_language
     tune(args, accelerator, image_processor, train_set, eval_set)

@@ -8,17 +8,19 @@ The same command again continues from the last whole checkpoint. --help lists th
 
 import sys
 
+from accelerate import Accelerator
 from transformers import AutoProcessor
 
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.pretraining import Stage1Arguments
 from blip2x_training.data.image_processor import load_image_processor
-from blip2x_training.data.splits import load_splits, steps_of
+from blip2x_training.data.splits import load_splits
 from blip2x_training.data.vocabulary import build_tokenizer, load_qformer_tokenizer
 from blip2x_training.engine.fit import already_finished, fit
 from blip2x_training.engine.start import start_run
 from blip2x_training.engine.tasks import image_text_task
 from blip2x_training.models.loading import read_stage1_config
+from blip2x_training.system.processes import folder_of_run
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
 from modeling_blip2x.configuration_blip2x import OBJECTIVES
 
@@ -27,13 +29,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Stage1Arguments, sys.argv[1:] if argv is None else argv)
     # DDP waits for the gradient of every parameter, unless told that the heads of objectives left out get none.
     accelerator = start_run(args, unused_parameters=set(args.objectives) != set(OBJECTIVES))
+    with folder_of_run(args.output_dir, accelerator):
+        run(args, accelerator)
+
+
+def run(args: Stage1Arguments, accelerator: Accelerator) -> None:
+    """Data, model and processor by the fields, and the training of them."""
     if args.init_from:
         read_stage1_config(args.init_from)  # before anything slow
 
     image_processor = load_image_processor(args.init_from or args.vision_model, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor)
     # Asked before the model is built, so that repeating a finished command costs seconds.
-    if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
+    if already_finished(args, accelerator, train_set, eval_set):
         return
 
     if args.init_from:

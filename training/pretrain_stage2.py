@@ -8,29 +8,36 @@ The same command again continues from the last whole checkpoint. --help lists th
 
 import sys
 
+from accelerate import Accelerator
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.pretraining import Stage2Arguments
 from blip2x_training.data.image_processor import load_image_processor
-from blip2x_training.data.splits import load_splits, steps_of
+from blip2x_training.data.splits import load_splits
 from blip2x_training.engine.fit import already_finished, fit
 from blip2x_training.engine.start import start_run
 from blip2x_training.engine.tasks import language_task
 from blip2x_training.models.loading import load_language_tokenizer, read_stage1_config
 from blip2x_training.models.quantize import load_language_model_in_4bit, mark_as_quantized
+from blip2x_training.system.processes import folder_of_run
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xProcessor, Blip2xQFormerConfig
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(Stage2Arguments, sys.argv[1:] if argv is None else argv)
     accelerator = start_run(args)
-    tokenizer = load_language_tokenizer(args.language_model, args.end_token)  # before anything slow
+    with folder_of_run(args.output_dir, accelerator):
+        run(args, accelerator)
 
+
+def run(args: Stage2Arguments, accelerator: Accelerator) -> None:
+    """Data, model and processor by the fields, and the training of them."""
+    tokenizer = load_language_tokenizer(args.language_model, args.end_token)  # before anything slow
     image_processor = load_image_processor(args.init_from or args.vision_model, args.image_size)
     train_set, eval_set = load_splits(args, accelerator, image_processor, args.prompt)
     # Asked before the model is built, so that repeating a finished command costs seconds.
-    if already_finished(args, accelerator, steps_of(args, accelerator, train_set)):
+    if already_finished(args, accelerator, train_set, eval_set):
         return
 
     model, processor = build_model(args, image_processor, tokenizer)

@@ -17,6 +17,8 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from ..system.atomic_files import write_whole
+
 # peft imports bitsandbytes where it is installed, which then misses an optional package aloud, whatever the command is.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -140,16 +142,27 @@ def field_names(kind: type) -> list[str]:
     return [item.name for item in dataclass_fields(kind)]
 
 
+ONCE = ("overwrite_output_dir", "accept_changes")  # meant for one command: its repeat continues, and looks again
+
+
 def save_arguments(arguments: object, path: Path) -> None:
-    """Write the fields as YAML that --config reads back, without `overwrite_output_dir`: a repeat continues."""
-    values = {name: value for name, value in asdict(arguments).items() if name != "overwrite_output_dir"}
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write the fields as YAML that --config reads back, without those that are meant `ONCE`."""
+    values = {name: value for name, value in asdict(arguments).items() if name not in ONCE}
+    write_whole(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def changed_fields(arguments: object, path: Path) -> list[str]:
-    """What differs from the YAML that an earlier run left at `path`, as `--field before -> now`."""
+    """What differs from the YAML that an earlier run left at `path`, as `--field before -> now`.
+
+    Raises ValueError where that is no YAML of fields any more.
+    """
     if not path.exists():
         return []
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}).") from error
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(before).__name__}, not lines of `field: value`).")
     now = asdict(arguments)
     return [f"--{n} {before[n]} -> {now[n]}" for n in before if n in now and before[n] != now[n]]

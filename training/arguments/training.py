@@ -88,6 +88,9 @@ class RunArguments(Arguments):
     greater_is_better: bool | None = doc(None, "Whether more of it is better; null: unless its name holds loss.")
     load_best_model_at_end: bool = doc(False, "The root gets the weights of the best checkpoint, not the last step's.")
     overwrite_output_dir: bool = doc(False, "Start over instead of continuing from output_dir.")
+    accept_changes: bool = doc(
+        False, "Continue though data, frozen weights, tokenizer or prompt are not those that the run began with."
+    )
     report_to: str | None = doc(
         None,
         "Tracker beside metrics.jsonl and curves.png: tensorboard, wandb or another of accelerate's log_with, or none; "

@@ -3,7 +3,7 @@
 A step's folder holds what training changes: trained tensors, optimiser, random states of each process, and the step
 and number of samples seen, which fix learning rate and data position. Frozen towers are not saved again. Tensors are
 saved by name and in full (`gather`), so a run continues on any number of processes, sharded or not. Every folder
-appears whole or not at all (system/atomic_files.py).
+appears whole or not at all (system/atomic_files.py), and state.json has the checksums of all files, itself included.
 """
 
 import json
@@ -26,7 +26,10 @@ from ..models.full_tensors import (
     whole_tensors,
 )
 from ..system.atomic_files import clear_unfinished, discard, sync, whole_folder, write_whole
+from ..system.checksums import file_sum, read_sealed, write_sealed
 from .optimizer import AveragedWeights
+
+NOTHING_DONE = {"step": 0, "samples_seen": 0}
 
 
 def random_states() -> dict:
@@ -95,7 +98,8 @@ def save_step(
                 save_file(tensors, folder / "trained.safetensors")
                 for name, content in files.items():
                     torch.save(content, folder / name)
-                (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+                sums = {path.name: file_sum(path) for path in sorted(folder.iterdir())}
+                write_sealed(folder / "state.json", state | {"files": sums})
         except Exception as error:  # a full disk is an OSError, a RuntimeError or a SafetensorError, by the writer
             raise OSError(
                 f"The checkpoint of step {state['step']} could not be written to {target.parent} "
@@ -121,8 +125,20 @@ def read_state(output_dir: Path) -> dict:
     """`step` and `samples_seen` of the last whole checkpoint; zeros if there is none."""
     steps = steps_saved(output_dir)
     if not steps:
-        return {"step": 0, "samples_seen": 0}
-    return read_checked(output_dir, steps[-1], "state.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
+        return NOTHING_DONE
+    return read_checked(output_dir, steps[-1], "state.json", read_step_state)
+
+
+def read_step_state(path: Path) -> dict:
+    state = read_sealed(path, always_with="files")
+    if not all(isinstance(state.get(name), int) for name in ("step", "samples_seen")):
+        raise ValueError("it has no step and samples_seen")
+    return state
+
+
+def write_state(output_dir: Path, state: dict) -> None:
+    """Replace what the checkpoint of step state["step"] says of itself."""
+    write_sealed(step_folder(output_dir, state["step"]) / "state.json", state)
 
 
 def load_step(
@@ -185,20 +201,36 @@ def load(path: Path):
 
 
 def read_checked(output_dir: Path, step: int, name: str, read):
-    """`read` a checkpoint's file; damage becomes a ValueError that names the file and the way out."""
-    path = step_folder(output_dir, step) / name
+    """`read` a checkpoint's file, if it is what was written; damage becomes a ValueError that names the file and the way
+    out."""
+    folder = step_folder(output_dir, step)
     try:
-        return read(path)
+        if name != "state.json":
+            wanted = read_step_state(folder / "state.json").get("files", {}).get(name)
+            if wanted is not None and file_sum(folder / name) != wanted:
+                raise ValueError("its bytes are not those that were written, by their checksum")
+        return read(folder / name)
     except Exception as error:  # a damaged file can fail in any way
+        before = [one for one in steps_saved(output_dir) if one < step]
+        continues = f"Delete the folder step_{step} to continue from step {before[-1]}, or pass" if before else "Pass"
         raise ValueError(
-            f"{path} is missing or damaged ({type(error).__name__}: {error}). Delete the folder step_{step} to "
-            "continue from the checkpoint before it, or pass --overwrite_output_dir to start over."
+            f"{folder / name} is missing or damaged ({type(error).__name__}: {error}). {continues} --overwrite_output_dir "
+            "to start over."
         ) from error
 
 
 def is_finished(output_dir: Path, max_steps: int) -> bool:
-    """True when the run has its last step and its root checkpoint."""
-    return (output_dir / "config.json").exists() and read_state(output_dir)["step"] >= max_steps
+    """True when root and curves are those of the last step: `mark_finished` says so, after both."""
+    try:
+        steps = json.loads((output_dir / "finished.json").read_text(encoding="utf-8"))["steps"]
+        return (output_dir / "config.json").exists() and steps >= max_steps
+    except (OSError, ValueError, TypeError, KeyError):  # not there or damaged: the end of the run is done again
+        return False
+
+
+def mark_finished(output_dir: Path, steps: int, weights_of_step: int) -> None:
+    """finished.json: how many steps the run took, and of which step the root's weights are."""
+    write_whole(output_dir / "finished.json", json.dumps({"steps": steps, "weights_of_step": weights_of_step}) + "\n")
 
 
 def clear_output_dir(output_dir: Path) -> None:
@@ -212,7 +244,9 @@ def clear_output_dir(output_dir: Path) -> None:
         "best.json",
         "curves.png",
         "environment.json",
+        "finished.json",
         "skipped.jsonl",
+        "tracker.json",
     ):
         (output_dir / name).unlink(missing_ok=True)
 
@@ -235,6 +269,7 @@ def save_root(output_dir: Path, *parts) -> None:
             f"The checkpoint could not be written to {output_dir} ({type(error).__name__}: {error}). "
             f"{intact(output_dir)} Free some space and give the same command again."
         ) from error
+    (output_dir / "finished.json").unlink(missing_ok=True)
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
         target = output_dir / path.name
         if target.is_dir():
@@ -250,20 +285,28 @@ def clear_leftovers(output_dir: Path) -> None:
     clear_unfinished(output_dir / "checkpoints")
 
 
-def trim_metrics(path: Path, step: int, max_steps: int) -> None:
-    """Drop metric lines that a run resumed after `step` writes again, and a line cut off by a crash.
+def trim_metrics(path: Path, step: int, max_steps: int) -> str | None:
+    """Drop metric lines that a run resumed after `step` writes again, and what is no line of metrics; says so if it is
+    more than a last line cut off by a crash.
 
     The validation of the last step, which has no learning rate in its line, comes after the last checkpoint.
     """
     if not path.exists():
-        return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+        return None
+    kept, damaged = [], []
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
             again = line["step"] > step or (line["step"] >= max_steps and "lr" not in line)
-        except ValueError:
+        except (ValueError, TypeError, KeyError):
+            damaged += [number] if text else []
             continue
         if not again:
             kept.append(text + "\n")
     write_whole(path, "".join(kept))
+    if not damaged:
+        return None
+    if damaged == [len(texts)]:
+        return f"The last line of {path} was cut off, and is dropped."
+    return f"{path} has {len(damaged)} line(s) that cannot be read, the first line {damaged[0]}. They are dropped."

@@ -14,9 +14,8 @@ from ..models.lora import LoraCheckpoint
 from ..reporting.curves import draw_curves
 from ..reporting.health import Watch
 from ..reporting.meter import close_trackers, log
-from ..system.atomic_files import write_whole
 from .best import Best, write_best
-from .checkpoint import keep_newest, load_best, read_state, save_root, step_folder
+from .checkpoint import keep_newest, load_best, mark_finished, read_state, save_root, write_state
 
 
 def finish(
@@ -42,8 +41,7 @@ def finish(
         log(accelerator, output_dir, {"step": max_steps, **figures})
         watch.look({"step": max_steps, **figures})
     if best.update(max_steps, figures) and accelerator.is_main_process:
-        state = read_state(output_dir) | {"best": best.record()}
-        write_whole(step_folder(output_dir, max_steps) / "state.json", json.dumps(state))
+        write_state(output_dir, read_state(output_dir) | {"best": best.record()})
     step = best.step if args.load_best_model_at_end and best.step else max_steps
     if step != max_steps:
         load_best(output_dir, step, model, averaged)
@@ -54,6 +52,7 @@ def finish(
         saved = LoraCheckpoint(model, processor if args.merge_lora else None) if args.lora else model
         save_root(output_dir, saved, processor)
         draw_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
+        mark_finished(output_dir, max_steps, step)  # last: a run killed before this line finishes when it is repeated
         print(loss_summary(output_dir / "metrics.jsonl"))
         print("\n".join(f"{name:<32}{value:>9.4f}" for name, value in figures.items()))
         if best.step:

@@ -14,24 +14,38 @@ from ..data.bad_rows import record_skips
 from ..data.caption_dataset import CaptionDataset, JointDataset, make_loader
 from ..data.feature_cache import use_feature_cache
 from ..data.image_processor import has_other_size
+from ..data.killed_workers import workers_may_die
 from ..data.order import BatchOrder, visit_order
 from ..data.splits import steps_of
 from ..data.text_lengths import tell_what_is_cut
 from ..evaluation.validation import leave_out_unreadable
 from ..models.lora import add_lora
 from ..reporting.health import Watch
+from ..system.processes import on_main
 from .best import Best
-from .checkpoint import is_finished, read_state
+from .checkpoint import NOTHING_DONE, intact, is_finished, read_state
 from .finish import finish
 from .optimizer import Schedule, build_optimizer
+from .origin import check_origin, describe_data, describe_model
 from .start import open_output_dir, seed_training
 from .train_loop import Task, train, validate
 
 
-def already_finished(args: RunArguments, accelerator: Accelerator, max_steps: int) -> bool:
-    """True, and a line that says so, when the folder holds the whole run and is not to be started over."""
+def already_finished(
+    args: RunArguments,
+    accelerator: Accelerator,
+    train_set: CaptionDataset | JointDataset,
+    eval_set: CaptionDataset | JointDataset | None,
+) -> bool:
+    """True, and a line that says so, when the folder holds the whole run and is not to be started over.
+
+    Raises ValueError where that run had other data.
+    """
+    max_steps = steps_of(args, accelerator, train_set)
     if args.overwrite_output_dir or not is_finished(Path(args.output_dir), max_steps):
         return False
+    described = on_main(accelerator, lambda: describe_data(train_set, eval_set))
+    check_origin(args, accelerator, read_state(Path(args.output_dir)), described)
     accelerator.print(f"{args.output_dir} is finished: {max_steps} steps. Pass --overwrite_output_dir to start over.")
     return True
 
@@ -58,7 +72,10 @@ def fit(
     task: Task,
 ) -> None:
     """Train `model`, its frozen parts chosen already, and make the run's root a complete checkpoint."""
-    max_steps = steps_of(args, accelerator, train_set)
+    output_dir, state = Path(args.output_dir), NOTHING_DONE
+    if not args.overwrite_output_dir:
+        state = read_state(output_dir)
+    max_steps = max(steps_of(args, accelerator, train_set), state["step"])  # of fewer steps there is nothing to undo
     model.check_processor(processor)
     model.config.interpolate_pos_encoding = has_other_size(model, processor)
     if args.lora:
@@ -74,6 +91,8 @@ def fit(
     if eval_set:
         leave_out_unreadable(accelerator, eval_set, args.eval_batch_size)
 
+    made_from = on_main(accelerator, lambda: describe_data(train_set, eval_set) | describe_model(model, processor))
+    check_origin(args, accelerator, state, made_from)
     open_output_dir(args, accelerator)
     tell_what_is_cut(accelerator, train_set, task.collate, args.max_text_length)
     batches = batches_from_where_it_stopped(args, accelerator, train_set, eval_set, task, max_steps)
@@ -94,11 +113,11 @@ def fit(
     best = Best(args.metric_for_best_model, args.best_is_greatest)
     seed_training(args.seed, accelerator)
 
-    averages = train(args, accelerator, model, optimizer, batches, task, schedule, best, watch)
-
-    with averages.in_place() if averages else contextlib.nullcontext():
-        figures = validate(model, task, final=True)
-        finish(args, accelerator, model, processor, max_steps, figures, best, watch, averaged=averages is not None)
+    with workers_may_die(lambda: f"{intact(output_dir)} The same command continues from there."):
+        averages = train(args, accelerator, model, optimizer, batches, task, schedule, best, watch, made_from)
+        with averages.in_place() if averages else contextlib.nullcontext():
+            figures = validate(model, task, final=True)
+            finish(args, accelerator, model, processor, max_steps, figures, best, watch, averaged=averages is not None)
 
 
 def batches_from_where_it_stopped(

@@ -1,6 +1,7 @@
 """What all training scripts prepare alike: accelerator, folder of the run, image processor, data sets."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ from accelerate.utils import ProjectConfiguration, set_seed
 
 from ..arguments.parsing import changed_fields, save_arguments
 from ..arguments.training import RunArguments
-from ..reporting.trackers import choose_tracker
+from ..reporting.trackers import choose_tracker, start_trackers
+from ..system.atomic_files import write_whole
 from ..system.environment import describe_environment
 from .checkpoint import clear_output_dir
 from .sharding import check_processes, plan_deepspeed, shard_on_cpu
@@ -51,14 +53,17 @@ def open_output_dir(args: RunArguments, accelerator: Accelerator) -> Path:
         if args.overwrite_output_dir:
             clear_output_dir(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        for change in changed_fields(args, output_dir / "config.yaml"):
-            accelerator.print(f"Continuing with another field than before: {change}")
+        try:
+            for change in changed_fields(args, output_dir / "config.yaml"):
+                accelerator.print(f"Continuing with another field than before: {change}")
+        except ValueError as error:  # it is written anew, and nothing but this comparison reads it
+            accelerator.print(f"{error} Whether fields are others than before cannot be told; it is written anew.")
         save_arguments(args, output_dir / "config.yaml")
         environment = describe_environment(args.seed, accelerator.num_processes)
-        (output_dir / "environment.json").write_text(json.dumps(environment, indent=1) + "\n", encoding="utf-8")
+        write_whole(output_dir / "environment.json", json.dumps(environment, indent=1) + "\n")
     accelerator.wait_for_everyone()
     if accelerator.log_with:
-        accelerator.init_trackers(output_dir.name)
+        start_trackers(accelerator, output_dir, asdict(args))
     return output_dir
 
 

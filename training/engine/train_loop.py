@@ -62,6 +62,7 @@ def train(
     schedule: Schedule,
     best: Best,
     watch: Watch,
+    made_from: dict,
 ) -> AveragedWeights | None:
     """Train from the last whole checkpoint in `args.output_dir`, or from the start, to the schedule's last step.
 
@@ -71,6 +72,7 @@ def train(
     Args:
         batches: this process's micro-batches from the resumed position on.
         best: judges the validations. watch: warns of what it sees in the figures.
+        made_from: kept in each checkpoint, for a run that continues from it.
 
     Returns the averaged weights, if any. Raises FloatingPointError when a loss or a gradient is not finite, on any process,
     and SystemExit(128 + signal) after Ctrl-C or SIGTERM.
@@ -88,7 +90,8 @@ def train(
         accelerator.print(f"Continuing {output_dir} after step {state['step']} of {max_steps}.")
     if accelerator.is_main_process:
         clear_leftovers(output_dir)
-        trim_metrics(output_dir / "metrics.jsonl", state["step"], max_steps)
+        if dropped := trim_metrics(output_dir / "metrics.jsonl", state["step"], max_steps):
+            accelerator.print(dropped)
     meter, samples_seen = Meter(), state["samples_seen"]
     progress = tqdm(
         total=max_steps, initial=state["step"], disable=not accelerator.is_main_process, unit="step", mininterval=2
@@ -139,7 +142,7 @@ def train(
                 meter.restart_clock()
             if step % args.save_steps == 0 or step == max_steps or improved or signal_number:
                 state = {"step": step, "samples_seen": samples_seen, "num_processes": accelerator.num_processes}
-                state["best"] = best.record()
+                state |= {"best": best.record(), "made_from": made_from}
                 save_step(output_dir, state, model, optimizer, accelerator, averages)
                 if accelerator.is_main_process:
                     write_best(output_dir, best)

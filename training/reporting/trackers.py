@@ -1,8 +1,14 @@
-"""--report_to: where the figures go beside metrics.jsonl."""
+"""--report_to: where the figures go beside metrics.jsonl, and how a run that continues goes on there too."""
 
 import importlib.util
+import json
+import uuid
+from pathlib import Path
 
+from accelerate import Accelerator
 from accelerate.utils import LoggerType
+
+from ..system.atomic_files import write_whole
 
 
 def choose_tracker(report_to: str | None) -> tuple[str | None, str | None]:
@@ -25,3 +31,27 @@ def choose_tracker(report_to: str | None) -> tuple[str | None, str | None]:
         None,
         f"{name} is not installed: figures go to metrics.jsonl and curves.png alone (pip install {name}).",
     )
+
+
+def start_trackers(accelerator: Accelerator, output_dir: Path, fields: dict) -> None:
+    """Start the tracker with the run's fields as its configuration. wandb, swanlab and trackio keep runs of their own: they go
+    on with the one whose id stands in tracker.json."""
+    identity = run_id(output_dir / "tracker.json") if accelerator.is_main_process else None
+    again = {"id": identity, "resume": "allow"}
+    scalars = (int, float, str, bool)  # what TensorBoard takes
+    config = {name: value if isinstance(value, scalars) else json.dumps(value) for name, value in fields.items()}
+    given = {"wandb": again, "swanlab": again, "trackio": {"name": identity, "resume": "allow"}}
+    accelerator.init_trackers(output_dir.name, config, given)
+
+
+def run_id(path: Path) -> str:
+    """The id that an earlier command left, or a new one, which is kept."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+        if isinstance(found, str):
+            return found
+    except (OSError, ValueError, TypeError, KeyError):  # none yet, or damaged
+        pass
+    found = uuid.uuid4().hex[:12]
+    write_whole(path, json.dumps({"run_id": found}) + "\n")
+    return found
