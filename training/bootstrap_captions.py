@@ -33,7 +33,7 @@ from blip2x_training.capfilt.candidates import (
     sample_captions,
     score,
 )
-from blip2x_training.capfilt.progress import Progress, json_lines, write_dataset
+from blip2x_training.capfilt.progress import Progress, json_lines, read_progress, write_dataset
 from blip2x_training.data.caption_dataset import ImageDataset
 from blip2x_training.data.feature_cache import images_fingerprint
 from blip2x_training.data.formats import image_start, load_rows
@@ -41,6 +41,7 @@ from blip2x_training.data.rows import Rows, require_column
 from blip2x_training.models.loading import is_stage1, load_model
 from blip2x_training.system.atomic_files import write_whole
 from blip2x_training.system.fingerprints import weights_fingerprint
+from blip2x_training.system.run_lock import locked_folder
 from blip2x_training.system.utf8 import not_utf8
 from modeling_blip2x import Blip2xProcessor
 
@@ -193,8 +194,7 @@ def write_skipped(output_dir: Path) -> None:
     """skipped.jsonl from the progress of all splits captioned so far."""
     skipped = []
     for path in sorted((output_dir / ".progress").glob("*.jsonl")):
-        records = [json.loads(line) for line in path.read_bytes().splitlines()[1:]]
-        skipped += [record["skipped"] for record in records if "skipped" in record]
+        skipped += [record["skipped"] for record in read_progress(path)[1:] if "skipped" in record]
     write_whole(output_dir / "skipped.jsonl", json_lines(skipped))
 
 
@@ -212,6 +212,12 @@ def stop_if_too_many_skipped(progress: Progress, output_dir: Path, num_rows: int
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(BootstrapArguments, sys.argv[1:] if argv is None else argv)
+    with locked_folder(args.output_dir):
+        run(args)
+
+
+def run(args: BootstrapArguments) -> None:
+    """Caption what no earlier run has captioned, and write the data set."""
     output_dir, split = Path(args.output_dir), args.split.partition("[")[0]
     rows = load_rows(args.dataset, args.split, args.image_folder)
     images = ImageDataset(rows, args.image_column, image_start(args.dataset, args.image_folder))

@@ -21,8 +21,10 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -43,8 +45,11 @@ from blip2x_training.data.feature_cache import (
 )
 from blip2x_training.data.formats import image_start, load_rows
 from blip2x_training.data.image_processor import load_image_processor, output_size
+from blip2x_training.data.killed_workers import workers_may_die
 from blip2x_training.data.transforms import augment_image
 from blip2x_training.system.fingerprints import differences
+from blip2x_training.system.json_lines import read_json_object
+from blip2x_training.system.run_lock import locked_folder
 from modeling_blip2x.assembling_blip2x import load_vision_model
 from modeling_blip2x.vision_blip2x import vision_features
 
@@ -121,14 +126,20 @@ def write_shard(
     split: Split, shard: int, views: Views, tower: torch.nn.Module, feature_layer: int, folder: Path, loading: dict
 ) -> list[str]:
     """Write one file of features; returns what was wrong with images that cannot be read, whose features are NaN."""
-    device = next(tower.parameters()).device
     layout, rows = split.layout, split.layout.rows(shard)
     path = layout.path(folder, split.name, shard)
-    temporary = path.with_name(f"{path.name}.tmp")
-    shape = (len(rows), *layout.shape[1:])
-    features = np.lib.format.open_memmap(temporary, mode="w+", dtype=STORED[layout.dtype], shape=shape)
+    with whole_array(path, STORED[layout.dtype], (len(rows), *layout.shape[1:])) as file:
+        return encode_rows(split, rows, views, tower, feature_layer, loading, file)
+
+
+def encode_rows(
+    split: Split, rows: range, views: Views, tower: torch.nn.Module, feature_layer: int, loading: dict, file: BinaryIO
+) -> list[str]:
+    """Append the features of the rows to a file; returns what was wrong with images."""
+    device, layout = next(tower.parameters()).device, split.layout
+    title, steps = f"{split.name}, rows {rows.start} to {rows.stop - 1}", math.ceil(len(rows) / loading["batch_size"])
     faults, done = [], 0
-    for batch in tqdm(views.batches(rows, **loading), f"{path.name}", math.ceil(len(rows) / loading["batch_size"])):
+    for batch in tqdm(views.batches(rows, **loading), title, steps):
         faults += [fault for pixels, fault in batch if pixels is None]
         readable = [number for number, (pixels, _) in enumerate(batch) if pixels is not None]
         encoded = torch.full((len(batch), *layout.shape[1:]), torch.nan)
@@ -137,10 +148,8 @@ def write_shard(
             pixels = pixels.to(device, memory_format=torch.channels_last)  # 1.6 times as fast for a CNN on a CPU
             encoded[readable, view] = vision_features(tower, pixels, feature_layer).last_hidden_state.cpu().float()
         check_finite(split, encoded[readable], [rows[done + number] for number in readable])
-        features[done : done + len(batch)] = to_stored(encoded, layout.dtype)
+        file.write(to_stored(encoded, layout.dtype).tobytes())
         done += len(batch)
-    features.flush()
-    os.replace(temporary, path)
     return faults
 
 
@@ -172,6 +181,32 @@ def check_readable(split: Split, folder: Path, max_fraction: float) -> None:
             f"{max_fraction}; the first: row {first} ({split.images.name(first)}). The cache is not whole. Check --dataset and "
             "--image_folder, repair the images or raise it, and pass --overwrite_output_dir."
         )
+
+
+@contextmanager
+def whole_array(path: Path, dtype: type, shape: tuple[int, ...]) -> Iterator[BinaryIO]:
+    """A .npy file to append the rows of an array to, which takes its name when all are on the disk.
+
+    Ordinary writes, because a full disk is an error of theirs; of a memory map it is a signal that kills the process.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    temporary.unlink(missing_ok=True)
+    try:
+        with open(temporary, "xb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError) or isinstance(error, ConnectionError):  # of a loader's worker
+            raise
+        raise OSError(
+            f"{path} could not be written ({error}). The files before it are whole: free some space and give the same "
+            "command again."
+        ) from error
 
 
 def feature_shape(tower: torch.nn.Module, image_processor, feature_layer: int) -> tuple[int, int]:
@@ -216,7 +251,7 @@ def read_description(folder: Path, split: str) -> dict | None:
     """Description of a finished cache, or of one that was begun."""
     for name in (f"{split}.json", f"{split}.json.begun"):
         if (folder / name).exists():
-            return json.loads((folder / name).read_text(encoding="utf-8"))
+            return read_json_object(folder / name, f"Delete {folder} and write the cache again.")
     return None
 
 
@@ -257,6 +292,15 @@ def begin(split: Split, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(CacheArguments, sys.argv[1:] if argv is None else argv)
+    with (
+        locked_folder(args.output_dir),
+        workers_may_die(lambda: "What is written is whole, and the same command goes on with the rest."),
+    ):
+        run(args)
+
+
+def run(args: CacheArguments) -> None:
+    """Write the shards of all splits that no earlier run has written."""
     output_dir = Path(args.output_dir)
     image_processor = load_image_processor(args.vision_model, args.image_size)
     tower = (

@@ -49,14 +49,18 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
 
 def claim(output_dir: Path, seed: int) -> None:
     """Remembers the seed of an output folder; raises ValueError if it was made with another."""
+    from blip2x_training.system.atomic_files import write_whole
+
     marker = output_dir / "seed.json"
-    if marker.exists() and json.loads(marker.read_text()) != seed:
+    text = marker.read_text(errors="replace") if marker.exists() else str(seed)
+    if text != str(seed):
         raise ValueError(
-            f"{output_dir} was made with --seed {json.loads(marker.read_text())}, not {seed}. "
-            "Pass that seed to continue it, or another --output_dir."
+            f"{output_dir} was made with --seed {text[:20]}, not {seed}. Pass that seed to continue it, or another "
+            "--output_dir."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    marker.write_text(json.dumps(seed))
+    if not marker.exists():
+        write_whole(marker, json.dumps(seed))
 
 
 class Background:
@@ -227,11 +231,14 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
     # Threads that sleep at once halve the speed of small models; threads that spin long stop a busy machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    run_quickstart(Path(arguments.output_dir), arguments.seed, arguments.ablations)
+    from blip2x_training.system.run_lock import locked_folder
+
+    with locked_folder(arguments.output_dir):
+        run_quickstart(Path(arguments.output_dir), arguments.seed, arguments.ablations)
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -21,6 +21,7 @@ import transformers
 from accelerate import Accelerator
 
 from blip2x_training.arguments.parsing import parse_arguments
+from blip2x_training.data.contents import describe_images
 from blip2x_training.data.evaluation_formats import evaluation_rows
 from blip2x_training.data.formats import image_start
 from blip2x_training.data.image_processor import output_size
@@ -38,11 +39,18 @@ from blip2x_training.evaluation.results import table, unanswered, write_results
 from blip2x_training.evaluation.samples import EvaluationSet
 from blip2x_training.evaluation.scoring import counts, make_records, score
 from blip2x_training.system.fingerprints import weights_fingerprint
+from blip2x_training.system.processes import folder_of_run, on_main
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(EvaluationArguments, sys.argv[1:] if argv is None else argv)
     accelerator = Accelerator(mixed_precision="bf16" if args.bf16 else "no")
+    with folder_of_run(args.output_dir, accelerator):
+        run(args, accelerator)
+
+
+def run(args: EvaluationArguments, accelerator: Accelerator) -> None:
+    """From checkpoint and data to the files of the evaluation."""
     started = time.perf_counter()
     lemmatize = load_lemmatizer() if args.lemmatize else None
     checkpoint = load_checkpoint(args.model, accelerator.device, args.image_size)
@@ -53,9 +61,8 @@ def main(argv: list[str] | None = None) -> None:
 
     num_rows = len(data.images)
     stop_if_too_many_skipped(args, data.skipped, num_rows)
-    journal = Journal(
-        Path(args.output_dir), identity_of(args, checkpoint, data, candidates), accelerator, args.overwrite_output_dir
-    )
+    identity = identity_of(args, accelerator, checkpoint, data, candidates)
+    journal = Journal(Path(args.output_dir), identity, accelerator, args.overwrite_output_dir)
     if journal.results:
         accelerator.print(f"Going on after {len(journal.results)} of {len(data)} that an earlier run has done.")
     with torch.no_grad():
@@ -184,15 +191,21 @@ def protocol_of(
 
 
 def identity_of(
-    args: EvaluationArguments, checkpoint: Checkpoint, data: EvaluationSet, candidates: list[str]
+    args: EvaluationArguments,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint,
+    data: EvaluationSet,
+    candidates: list[str],
 ) -> dict[str, object]:
-    """What decides the predictions: fields, weights, samples. A run goes on where it is the same."""
+    """What decides the predictions: fields, weights, samples, images. A run goes on where it is the same."""
+    rows = [sample.row for sample in data.samples]
     identity = {name: value for name, value in asdict(args).items() if name not in FREE}
     asked = json.dumps([data.fingerprint(), candidates], ensure_ascii=False).encode()
     return identity | {
         "prompt": data.prompt,
         "weights": weights_fingerprint(checkpoint.model),
         "samples": hashlib.sha256(asked).hexdigest()[:16],
+        "images": on_main(accelerator, lambda: describe_images(data, rows)["images"]),
     }
 
 

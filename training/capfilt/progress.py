@@ -13,7 +13,10 @@ from ..data.caption_dataset import ImageDataset
 from ..data.images import image_source
 from ..system.atomic_files import write_whole
 from ..system.fingerprints import differences
+from ..system.json_lines import read_whole_lines
 from ..system.utf8 import escaped, json_bytes
+
+REMEDY = "Delete the file to start over."
 
 
 class Progress:
@@ -25,27 +28,37 @@ class Progress:
 
     def __init__(self, path: Path, identity: dict, num_rows: int, batch_size: int, overwrite: bool):
         self.path = path
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        lines = lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
-        differs = lines and differences(json.loads(lines[0]), identity)
+        values = read_progress(path)
+        differs = values and differences(values[0], identity)
         if differs and not overwrite:
             raise ValueError(
                 f"{path.parent.parent} holds this split made otherwise ({differs}). Choose another "
                 "--output_dir, or pass --overwrite_output_dir to start over."
             )
-        if not lines or differs:
-            lines = [json.dumps(identity).encode() + b"\n"]
-        done = len(lines) - 1
+        self.records = [] if differs else values[1:]
+        done = len(self.records)
         if done < num_rows:
-            lines = lines[: 1 + done // batch_size * batch_size]
-        self.records = [json.loads(line) for line in lines[1:]]
+            self.records = self.records[: done // batch_size * batch_size]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, b"".join(lines))
+        lines = path.read_bytes().splitlines(keepends=True)[1:] if self.records else []
+        first = json.dumps(identity).encode() + b"\n"
+        write_whole(path, first + b"".join(lines[: len(self.records)]))
 
     def add(self, records: list[dict]) -> None:
         self.records += records
         with open(self.path, "ab") as file:
             file.write(json_lines(records))
+
+
+def read_progress(path: Path) -> list[dict]:
+    """Identity and records; [] where there are none yet. Raises ValueError for a file that is damaged."""
+    if not path.exists():
+        return []
+    values = read_whole_lines(path, REMEDY)
+    for number, value in enumerate(values):
+        if not isinstance(value, dict) or value.get("row") != (number - 1 if number else None):
+            raise ValueError(f"{path}, line {number + 1} is damaged: it is not that of row {number - 1}. {REMEDY}")
+    return values
 
 
 def json_lines(records: list[dict]) -> bytes:

@@ -143,7 +143,7 @@ def load_features(folder: str, split: str, fingerprint: dict) -> FeatureCache:
         for shard, path in enumerate(cache.paths):
             if path.stat().st_size <= layout.num_bytes([shard]):
                 raise ValueError(f"{path.name} is cut off")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--feature_cache {folder} has no whole cache of split {split!r} ({type(error).__name__}: {error}). "
             "Write it with cache_features.py; the same command again completes one that was stopped."

@@ -11,6 +11,9 @@ from accelerate import Accelerator
 
 from ..system.atomic_files import write_whole
 from ..system.fingerprints import differences
+from ..system.json_lines import read_json_object, read_whole_lines
+
+REMEDY = "Delete the folder .progress to start over."
 
 
 class Journal:
@@ -48,7 +51,7 @@ def open_folder(folder: Path, identity: dict, overwrite: bool, accelerator: Acce
     identity = json.loads(json.dumps(identity))  # as it reads back
     accelerator.wait_for_everyone()
     if described.exists():
-        differs = differences(json.loads(described.read_text(encoding="utf-8")), identity)
+        differs = differences(read_json_object(described, REMEDY), identity)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and (overwrite and differs or not described.exists()):
         shutil.rmtree(folder, ignore_errors=True)
@@ -59,10 +62,14 @@ def open_folder(folder: Path, identity: dict, overwrite: bool, accelerator: Acce
 
 
 def whole_lines(path: Path, repair: bool) -> dict[int, object]:
-    """Results of a file by number, without a last line that a crash cut off; `repair` also takes it off the file."""
-    lines = path.read_bytes().splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
-        if repair:
-            write_whole(path, b"".join(lines))
-    return dict(json.loads(line) for line in lines)
+    """Results of a file by number, without a last line that a crash cut off; `repair` also takes it off the file.
+
+    Raises ValueError for a line that is damaged.
+    """
+    results = read_whole_lines(path, REMEDY)
+    content = path.read_bytes()
+    if repair and content and not content.endswith(b"\n"):
+        write_whole(path, content[: content.rfind(b"\n") + 1])
+    if not all(isinstance(result, list) and len(result) == 2 and isinstance(result[0], int) for result in results):
+        raise ValueError(f"{path} is damaged: a line is no [number, result]. {REMEDY}")
+    return dict(results)
