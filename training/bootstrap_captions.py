@@ -46,8 +46,10 @@ from blip2x_training.system.utf8 import not_utf8
 from modeling_blip2x import Blip2xProcessor
 
 CAPTION_COLUMNS = ("text", "caption", "captions")
-# Fields that do not decide what comes out.
-FREE = ("output_dir", "captioner", "scorer", "batch_size", "max_skip_fraction", "overwrite_output_dir")
+# Fields that do not decide what comes out; of the paths, what lies there does.
+FREE = (
+    "output_dir", "dataset", "image_folder", "captioner", "scorer", "batch_size", "max_skip_fraction", "overwrite_output_dir"
+)  # fmt: skip
 
 
 @dataclass

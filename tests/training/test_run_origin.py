@@ -16,6 +16,7 @@ from blip2x_training.data.caption_dataset import CaptionDataset
 from blip2x_training.data.contents import changes_of_rows, describe_rows
 from blip2x_training.data.formats import load_rows
 from blip2x_training.system.fingerprints import tensors_mark
+from tests.helpers.evaluation_parts import coco_file, evaluate, make_photos, make_stage1, texts_of
 from tests.helpers.training_parts import make_image_folder, make_language_model, make_tars, make_vision_model
 from tests.helpers.training_runs import interrupted_after, metrics, stage1, stage2
 
@@ -223,3 +224,27 @@ def test_a_quick_mark_of_weights_finds_one_changed_number_and_another_order():
         assert tensors_mark([changed, *weights[1:]]) != mark
     for other in (weights[0].flip(0), weights[0].view(1000, 100), weights[0].half().float()):
         assert tensors_mark([other, *weights[1:]]) != mark
+    part = torch.arange(10, dtype=torch.uint8)[3:]  # of a larger storage, from a place that no integer starts at
+    assert tensors_mark([part]) == tensors_mark([part.clone()]) != tensors_mark([part.flip(0)])
+
+
+def test_an_evaluation_does_not_go_on_over_other_images(tmp_path, capsys):
+    """The same names and sizes, and texts, as before."""
+    make_photos(tmp_path / "photos")
+    data, model = coco_file(tmp_path / "captions.json"), make_stage1(tmp_path / "stage1")
+    fields = {"task": "caption", "model": model, "data": data, "image_folder": tmp_path / "photos", "max_new_tokens": 4}
+    _, before = evaluate(tmp_path / "out", **fields)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    again = evaluate(tmp_path / "out", **fields | {"image_folder": tmp_path / "moved"})[1]
+    assert texts_of(again) == texts_of(before) and "Going on after 3 of 3" in capsys.readouterr().out
+    for path in (tmp_path / "moved").iterdir():
+        size = path.stat().st_size
+        Image.new("RGB", (40, 30), (int(path.stem) * 60, 0, 0)).save(path, quality=30)
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    fields["image_folder"] = tmp_path / "moved"
+    with pytest.raises(
+        ValueError, match=r"holds another evaluation \(images was '\w+', is now '\w+'\).*--overwrite_out"
+    ):
+        evaluate(tmp_path / "out", **fields)
+    assert evaluate(tmp_path / "out", **fields, overwrite_output_dir=True)[0]["counts"]["scored"] == 3
+    assert "Going on" not in capsys.readouterr().out

@@ -27,29 +27,35 @@ IMAGES = 5000  # opened at most: on a network file system each costs a milliseco
 def describe_rows(dataset: CaptionDataset) -> dict:
     """`rows`, and marks of their `texts` and `images` in order, of both in `any_order`, and of the files' `times` where not
     all images were read."""
-    texts, any_order = hashlib.sha256(), 0
-    rows = dataset.kept.tolist()
-    sizes = [size for size, _ in image_sizes(dataset)]
-    for row, turns in zip(rows, dataset.turns, strict=True):
+    rows, texts, any_order = dataset.kept.tolist(), hashlib.sha256(), 0
+    found = found_images(dataset, rows)
+    for (size, _), turns in zip(found, dataset.turns, strict=True):
         text = json.dumps(turns).encode()
         texts.update(text)
-        any_order += int.from_bytes(hashlib.sha256(text + str(sizes[row]).encode()).digest()[:8], "big")
+        any_order += int.from_bytes(hashlib.sha256(text + str(size).encode()).digest()[:8], "big")
     described = {"rows": len(rows), "texts": texts.hexdigest()[:16], "any_order": f"{any_order % 2**64:016x}"}
-    return described | describe_images(dataset, rows)
+    return described | marks_of_images(dataset, rows, found)
 
 
 def describe_images(dataset: ImageDataset, rows: Sequence[int]) -> dict:
     """Marks of the images of some rows: `images`, and `times` of their files where not all were read."""
-    looked_at = list(image_sizes(dataset))
-    looked_at = [looked_at[row] for row in rows]
-    digest = hashlib.sha256(json.dumps([size for size, _ in looked_at]).encode())
-    drawn = draw([size for size, _ in looked_at])
+    return marks_of_images(dataset, rows, found_images(dataset, rows))
+
+
+def found_images(dataset: ImageDataset, rows: Sequence[int]) -> list[tuple[int | None, int | None]]:
+    found = list(image_sizes(dataset))
+    return [found[row] for row in rows]
+
+
+def marks_of_images(dataset: ImageDataset, rows: Sequence[int], found: list[tuple[int | None, int | None]]) -> dict:
+    sizes, times = [size for size, _ in found], [time for _, time in found]
+    digest = hashlib.sha256(json.dumps(sizes).encode())
+    drawn = draw(sizes)
     for number in drawn:
         digest.update(image_content(dataset, rows[number]))
     described = {"images": digest.hexdigest()[:16]}
     if len(drawn) < len(rows):
-        times = json.dumps([time for _, time in looked_at]).encode()
-        described["times"] = hashlib.sha256(times).hexdigest()[:16]
+        described["times"] = hashlib.sha256(json.dumps(times).encode()).hexdigest()[:16]
     return described
 
 

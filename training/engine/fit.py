@@ -76,6 +76,7 @@ def fit(
     if not args.overwrite_output_dir:
         state = read_state(output_dir)
     max_steps = max(steps_of(args, accelerator, train_set), state["step"])  # of fewer steps there is nothing to undo
+    made_from = on_main(accelerator, lambda: describe_data(train_set, eval_set))
     model.check_processor(processor)
     model.config.interpolate_pos_encoding = has_other_size(model, processor)
     if args.lora:
@@ -91,7 +92,7 @@ def fit(
     if eval_set:
         leave_out_unreadable(accelerator, eval_set, args.eval_batch_size)
 
-    made_from = on_main(accelerator, lambda: describe_data(train_set, eval_set) | describe_model(model, processor))
+    made_from |= on_main(accelerator, lambda: describe_model(model, processor))
     check_origin(args, accelerator, state, made_from)
     open_output_dir(args, accelerator)
     tell_what_is_cut(accelerator, train_set, task.collate, args.max_text_length)

@@ -23,8 +23,9 @@ GENERATION = {  # task: length penalty, fewest and most new tokens
 }
 TASKS = ("caption", "vqa", "retrieval", "classification")
 VQA_METRICS = ("vqa_accuracy", "exact_match", "wups")
-# Fields that do not decide what is predicted: a run goes on whatever they are.
+# Fields that do not decide what is predicted: a run goes on whatever they are. Of the paths, what lies there decides.
 FREE = (
+    "data", "image_folder", "classes", "candidates",
     "output_dir", "model", "scorer", "batch_size", "lemmatize", "metric", "benchmark", "model_card", "license", "training_data",
     "report", "java_metrics", "max_skip_fraction", "overwrite_output_dir", "wordnet",
 )  # fmt: skip

@@ -181,8 +181,8 @@ class EvaluationSet(ImageDataset):
         return {"row": row, "name": self.name(row), "reason": str(fault)}
 
     def fingerprint(self) -> list:
-        """What decides what is asked, for a run that goes on: names of images, ids and texts."""
-        return [{**asdict(sample), "name": self.name(sample.row)} for sample in self.samples]
+        """What decides what is asked, for a run that goes on: names of images without their folders, ids and texts."""
+        return [{**asdict(sample), "name": Path(self.name(sample.row)).name} for sample in self.samples]
 
 
 def read_column(rows: datasets.Dataset | Rows, column: str | None, known: tuple[str, ...], flag: str) -> list:

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 
 import torch
 
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by width in bytes
-SAMPLE = 1024  # elements of each tensor that are hashed
+SAMPLE = 1024  # bytes of each tensor that are hashed
 
 
 def weights_fingerprint(module: torch.nn.Module) -> str:
@@ -19,14 +18,17 @@ def weights_fingerprint(module: torch.nn.Module) -> str:
 
 
 def tensors_mark(tensors: Iterable[torch.Tensor]) -> str:
-    """Mark of many weights at the speed of memory: of each tensor its shape, the sum of its bits as integers, which any
-    single change moves, and evenly spaced elements, which tell an order from another."""
+    """Mark of many weights at the speed of memory: of each tensor its shape, the sum of its bytes as 64-bit integers, which
+    any single change moves, and evenly spaced bytes, which tell an order from another."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        bits = tensor.detach().contiguous().flatten().view(INTEGERS[tensor.element_size()])
-        sample = bits[:: max(1, len(bits) // SAMPLE)][:SAMPLE].cpu().contiguous()
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} {bits.sum(dtype=torch.int64).item()}".encode())
-        digest.update(sample.numpy())
+        content = tensor.detach().contiguous().flatten().view(torch.uint8)
+        content = content.clone() if content.storage_offset() % 8 else content
+        whole = len(content) // 8 * 8
+        total = content[:whole].view(torch.int64).sum().item()
+        spaced = content[:: max(1, len(content) // SAMPLE)]
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)} {total}".encode())
+        digest.update(torch.cat([spaced, content[whole:]]).cpu().numpy())
     return digest.hexdigest()[:16]
 
 
