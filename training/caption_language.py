@@ -28,6 +28,7 @@ from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import read_captions
 from blip2x_training.data.formats import load_rows
 from modeling_blip2x.plain_words_blip2x import PlainWords
+from blip2x_training.system.run_lock import locked_folder
 
 
 @dataclass
@@ -73,6 +74,12 @@ def build_bpe(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(LanguageArguments, sys.argv[1:] if argv is None else argv)
+    with locked_folder(args.output_dir):
+        run(args)
+
+
+def run(args: LanguageArguments) -> None:
+    """Train and write the model and its tokenizer."""
     set_seed(args.seed)
     texts = read_captions(load_rows(args.dataset, args.train_split), args.text_column, clean=True)
     tokenizer = build_bpe(texts, args.vocab_size)

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from blip2x_training import bootstrap_captions, cache_features, finetune, pretrain_stage1, quickstart, run_evaluation
+from blip2x_training import (
+    bootstrap_captions,
+    cache_features,
+    caption_language,
+    finetune,
+    pretrain_stage1,
+    pretrain_stage2,
+    quickstart,
+    run_evaluation,
+)
 from blip2x_training.system import run_lock
 from blip2x_training.system.run_lock import locked_folder, start_of, this_process
 from tests.helpers.processes import Script, make_parts
@@ -116,6 +125,8 @@ def test_every_script_that_writes_a_folder_asks(holder, tmp_path):
     data, tower, out = (str(tmp_path / name) for name in ("data", "tower", "out"))
     commands = {
         pretrain_stage1: ["--dataset", data, "--vision_model", tower],
+        pretrain_stage2: ["--dataset", data, "--vision_model", tower, "--language_model", tower],
+        caption_language: ["--dataset", data],
         finetune: ["--dataset", data, "--init_from", tower, "--task", "caption"],
         cache_features: ["--dataset", data, "--vision_model", tower],
         bootstrap_captions: ["--dataset", data, "--captioner", tower],
