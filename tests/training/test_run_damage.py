@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import re
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from blip2x_training import cache_features, pretrain_stage1
 from blip2x_training.capfilt.progress import Progress
+from blip2x_training.data.killed_workers import workers_may_die
 from blip2x_training.engine import finish
 from blip2x_training.engine.checkpoint import read_state, steps_saved
 from blip2x_training.evaluation.journal import whole_lines
@@ -190,10 +192,18 @@ def test_a_killed_loader_worker_ends_the_run_with_a_sentence(fields, tmp_path):
     script = Script(given, tmp_path / "log", patch=functools.partial(kill_a_worker_in_step, 3))
     assert script.wait() == [1]
     said = script.text()
-    assert "error: A process that loads data has died (DataLoader worker (pid" in said and "Traceback" not in said
+    assert "error: A process that loads data has died (" in said and "Traceback" not in said
     last = steps_saved(tmp_path / "out")[-1]
     assert last >= 2 and f"The one of step {last} is intact. The same command continues from there." in said
     assert "pass a smaller --dataloader_num_workers" in said
+
+
+def test_a_lost_connection_to_a_worker_is_its_death_and_another_missing_file_is_not(tmp_path):
+    said = "process that loads data has died .*No such file or directory.*Go on. If it was killed"
+    with pytest.raises(OSError, match=said), workers_may_die(lambda: "Go on."):
+        multiprocessing.connection.Client(str(tmp_path / "socket"))
+    with pytest.raises(FileNotFoundError, match="nothing$|nothing'$"), workers_may_die(lambda: "Go on."):
+        (tmp_path / "nothing").read_bytes()
 
 
 @contextlib.contextmanager

@@ -2,21 +2,28 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from traceback import extract_tb
 
 
 @contextmanager
 def workers_may_die(then: Callable[[], str]) -> Iterator[None]:
     """Within, the death of a worker becomes an OSError that says so and `then`, what to do.
 
-    torch tells it by a RuntimeError wherever the main process happens to be, or a connection that it was reading breaks.
+    torch tells it by a RuntimeError wherever the main process happens to be, or a connection to the worker fails.
     """
     try:
         yield
-    except (RuntimeError, EOFError, ConnectionError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+    except (RuntimeError, EOFError, OSError) as error:
+        if "DataLoader worker" not in str(error) and not in_multiprocessing(error):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"A process that loads data has died ({reason}). {then()} If it was killed for want of memory, pass a smaller "
             "--dataloader_num_workers; 0 loads in the main process."
         ) from error
+
+
+def in_multiprocessing(error: BaseException) -> bool:
+    """Whether it was raised on the way to or from another process, by the module of python or that of torch."""
+    return any(Path(frame.filename).parent.name == "multiprocessing" for frame in extract_tb(error.__traceback__))
