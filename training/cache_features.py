@@ -45,7 +45,7 @@ from blip2x_training.data.feature_cache import (
 )
 from blip2x_training.data.formats import image_start, load_rows
 from blip2x_training.data.image_processor import load_image_processor, output_size
-from blip2x_training.data.killed_workers import workers_may_die
+from blip2x_training.data.killed_workers import in_multiprocessing, workers_may_die
 from blip2x_training.data.transforms import augment_image
 from blip2x_training.system.fingerprints import differences
 from blip2x_training.system.json_lines import read_json_object
@@ -201,7 +201,7 @@ def whole_array(path: Path, dtype: type, shape: tuple[int, ...]) -> Iterator[Bin
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError) or isinstance(error, ConnectionError):  # of a loader's worker
+        if not isinstance(error, OSError) or in_multiprocessing(error):
             raise
         raise OSError(
             f"{path} could not be written ({error}). The files before it are whole: free some space and give the same "
