@@ -27,8 +27,8 @@ from blip2x_training.arguments.base import BIG, Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import read_captions
 from blip2x_training.data.formats import load_rows
-from modeling_blip2x.plain_words_blip2x import PlainWords
 from blip2x_training.system.run_lock import locked_folder
+from modeling_blip2x.plain_words_blip2x import PlainWords
 
 
 @dataclass
