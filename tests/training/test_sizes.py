@@ -8,7 +8,8 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("modeling_blip2x", "training", "space_app", "benchmarks")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 450, 100, 10
 # Whose parameters others dictate: transformers names those of a forward, and a Gradio endpoint has one for each control.
-NAMES_OF_FORWARDS = {"forward", "generate", "__call__"}
+# chunked_backward is one too: forward and backward.
+NAMES_OF_FORWARDS = {"forward", "generate", "__call__", "chunked_backward"}
 ENDPOINTS = {"caption", "answer"}  # in space_app/*_tab.py
 # A tab of the Space is one function, for controls are drawn in the order in which they are made.
 MOST_LINES_OF = {"build": 114}

@@ -82,16 +82,8 @@ def train(
     model, optimizer = accelerator.prepare(model, optimizer)
     keep_embeddings_whole(accelerator.unwrap_model(model))
     averages = AveragedWeights(accelerator.unwrap_model(model), args.ema_decay) if args.ema_decay else None
-    state = read_state(output_dir)
+    state = resume(output_dir, model, optimizer, accelerator, averages, best, max_steps)
     batches = iter(batches)
-    if state["step"]:
-        load_step(output_dir, state["step"], model, optimizer, accelerator, averages)
-        best.resume(state.get("best"))
-        accelerator.print(f"Continuing {output_dir} after step {state['step']} of {max_steps}.")
-    if accelerator.is_main_process:
-        clear_leftovers(output_dir)
-        if dropped := trim_metrics(output_dir / "metrics.jsonl", state["step"], max_steps):
-            accelerator.print(dropped)
     meter, samples_seen = Meter(), state["samples_seen"]
     progress = tqdm(
         total=max_steps, initial=state["step"], disable=not accelerator.is_main_process, unit="step", mininterval=2
@@ -153,6 +145,28 @@ def train(
                 raise SystemExit(128 + signal_number)
     progress.close()
     return averages
+
+
+def resume(
+    output_dir: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    averages: AveragedWeights | None,
+    best: Best,
+    max_steps: int,
+) -> dict:
+    """State of the last whole checkpoint, restored; what a killed run wrote after it is removed."""
+    state = read_state(output_dir)
+    if state["step"]:
+        load_step(output_dir, state["step"], model, optimizer, accelerator, averages)
+        best.resume(state.get("best"))
+        accelerator.print(f"Continuing {output_dir} after step {state['step']} of {max_steps}.")
+    if accelerator.is_main_process:
+        clear_leftovers(output_dir)
+        if dropped := trim_metrics(output_dir / "metrics.jsonl", state["step"], max_steps):
+            accelerator.print(dropped)
+    return state
 
 
 def validate(model: torch.nn.Module, task: Task, final: bool = False) -> dict[str, float]:
