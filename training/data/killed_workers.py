@@ -1,5 +1,7 @@
 """A loader's worker that the system kills, mostly for want of memory, ends the run with a sentence."""
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,9 @@ def workers_may_die(then: Callable[[], str]) -> Iterator[None]:
     except (RuntimeError, EOFError, OSError) as error:
         if "DataLoader worker" not in str(error) and not in_multiprocessing(error):
             raise
+        # torch's handler would raise again whenever the dead worker is looked at, also while this process exits.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"A process that loads data has died ({reason}). {then()} If it was killed for want of memory, pass a smaller "
