@@ -38,6 +38,7 @@ from blip2x_training.data.caption_dataset import ImageDataset
 from blip2x_training.data.feature_cache import images_fingerprint
 from blip2x_training.data.formats import image_start, load_rows
 from blip2x_training.data.rows import Rows, require_column
+from blip2x_training.data.texts import bare_texts
 from blip2x_training.models.loading import is_stage1, load_model
 from blip2x_training.system.atomic_files import write_whole
 from blip2x_training.system.fingerprints import weights_fingerprint
@@ -121,7 +122,8 @@ def web_captions(rows: datasets.Dataset | Rows, column: str | None) -> list[list
     if column is None:
         return [[] for _ in range(len(rows))]
     require_column(rows, column, "text_column")
-    values = [[value] if isinstance(value, str) else value or [] for value in rows[column][:]]
+    values = [bare_texts(value) for value in rows[column][:]]
+    values = [[value] if isinstance(value, str) else value or [] for value in values]
     return [[text for text in value if isinstance(text, str) and not not_utf8(text)] for value in values]
 
 

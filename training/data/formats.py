@@ -155,9 +155,12 @@ def split_tars(folder: Path, split: str) -> list[str]:
 
 def read_json(path: Path) -> dict | list:
     """Content of a JSON file, or the rows of a JSONL file. Raises ValueError that names the line."""
-    # What is no UTF-8 is left out row by row, with its reason.
-    with open(existing(path), encoding="utf-8", errors="surrogateescape") as file:
-        if path.suffix == ".json":
+    # What is no UTF-8 is left out row by row, with its reason; -sig takes off the mark that some editors begin with.
+    with open(existing(path), encoding="utf-8-sig", errors="surrogateescape") as file:
+        first, more = file.readline(), file.readline().strip()
+        file.seek(0)
+        # By content, whatever the file is called: lines of objects, or one value.
+        if first.lstrip().startswith("[") or (path.suffix == ".json" and not (more and is_whole(first))):
             return json.load(file)
         rows = []
         for number, line in enumerate(file, 1):
@@ -166,6 +169,15 @@ def read_json(path: Path) -> dict | list:
             except ValueError as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
         return rows
+
+
+def is_whole(line: str) -> bool:
+    """Whether a line is JSON by itself."""
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def json_rows(path: Path) -> tuple[Rows, Splits]:

@@ -1,9 +1,11 @@
 """Images of rows: where they are, the hash of their bytes, and opening one whatever is wrong with it."""
 
+import base64
 import functools
 import hashlib
 import io
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +27,8 @@ MAX_PIXELS = 2**26  # 67 megapixels, 200 MB as RGB; what is larger counts as a d
 ENDS = 4096  # bytes at either end of an image that mostly tell it from others of its size
 CHUNK = 2**20  # bytes of a file in memory at once while it is hashed
 NO_NAME = "no name"
+SHOWN = 100  # characters of a value that a report shows
+LONGEST_PATH = 1024  # what is longer and looks like base64 is no path
 
 
 class BadRow(ValueError):
@@ -46,7 +50,7 @@ def keep_encoded(rows: datasets.Dataset | Rows, image_column: str) -> datasets.D
 
 def image_source(value: dict | str | None, folder: Path | None) -> tuple[io.BytesIO | Path, str]:
     """What PIL opens, and a name for messages. Raises BadRow where there is neither."""
-    name = image_name(value, folder)
+    name, value = image_name(value, folder), plain_value(value)
     if isinstance(value, dict) and value.get("bytes"):
         return io.BytesIO(value["bytes"]), name
     if isinstance(value, dict) and "tar" in value:
@@ -58,11 +62,41 @@ def image_source(value: dict | str | None, folder: Path | None) -> tuple[io.Byte
 
 def image_name(value: dict | str | None, folder: Path | None) -> str:
     """What a report calls the image; reads nothing."""
+    try:
+        value = plain_value(value)
+    except BadRow:
+        return str(value)[:SHOWN]
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or not path:
         return "embedded bytes" if isinstance(value, dict) and value.get("bytes") else NO_NAME
     inside = isinstance(value, dict) and ("tar" in value or value.get("bytes"))
     return path if inside else os.path.normpath(os.path.join(folder or "", path))  # an absolute path stays
+
+
+def plain_value(value: object) -> dict | str | None:
+    """An image as this project holds it, of what else people have: bytes, base64 text, a `data:` URI, a list of one.
+
+    Raises BadRow for several images, an address, or a place inside an archive.
+    """
+    if isinstance(value, list):
+        if len(value) > 1:
+            raise BadRow(f"{len(value)} images in one row, of which one is taken: make a row of each")
+        return plain_value(value[0]) if value else None
+    if isinstance(value, (bytes, bytearray)):
+        return {"bytes": bytes(value), "path": None}
+    if not isinstance(value, str):
+        return value
+    if re.match(r"(https?|ftp|s3|gs|hf)://", value):
+        raise BadRow("it is an address, and addresses are not fetched: download the images, and name their files")
+    if "::" in value and "://" in value:  # as datasets names what lies in a zip
+        raise BadRow("it lies inside an archive: unpack that, and name the folder")
+    encoded = re.match(r"data:[^,]*;base64,", value)
+    if encoded or (len(value) >= LONGEST_PATH and re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value)):
+        try:
+            return {"bytes": base64.b64decode(value[encoded.end() if encoded else 0 :]), "path": None}
+        except ValueError as error:
+            raise BadRow(f"it is base64 text that cannot be decoded: {error}") from None
+    return value
 
 
 @contextmanager
@@ -133,7 +167,12 @@ def find_images(images: datasets.Dataset | Rows, column: str, folder: Path | Non
     embeds = isinstance(images, datasets.Dataset) and isinstance(images.features[column], datasets.Image)
     files = {}  # many rows may show one
     values = embedded_images(images, column) if embeds else ((row[column], None) for row in images)
-    for row, (value, ends) in enumerate(values):
+    for row, (given, ends) in enumerate(values):
+        try:
+            value = plain_value(given)
+        except BadRow as fault:
+            yield fault
+            continue
         if isinstance(value, dict) and value.get("bytes"):
             content = value["bytes"]
             again = functools.partial(embedded_bytes, images, column, row)
@@ -173,7 +212,7 @@ def embedded_images(images: datasets.Dataset, column: str) -> Iterator[tuple[dic
 
 
 def embedded_bytes(images: datasets.Dataset | Rows, column: str, row: int) -> io.BytesIO:
-    return io.BytesIO(images[row][column]["bytes"])
+    return io.BytesIO(plain_value(images[row][column])["bytes"])
 
 
 def member_bytes(address: dict) -> io.BytesIO:
