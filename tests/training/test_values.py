@@ -77,3 +77,51 @@ def test_lists_that_are_written_as_text():
 def test_bootstrap_reads_captions_that_are_objects():
     rows = datasets.Dataset.from_dict({"captions": [[{"raw": "a dog", "sentid": 1}], [{"raw": "a cat", "sentid": 2}]]})
     assert web_captions(rows, None) == [["a dog"], ["a cat"]]
+
+
+@pytest.fixture
+def red(tmp_path):
+    Image.new("RGB", (30, 30), (200, 0, 0)).save(tmp_path / "0.png")
+    return tmp_path
+
+
+TABLES = {
+    "rows.csv": 'image,caption\n0.png,"a dog, red\nand old"\n',
+    "captions.txt": 'image,caption\n0.png,"a dog, red\nand old"\n',
+    "rows.tsv": 'file_name\tcaption\n0.png\t"a dog, red\nand old"\n',
+    "cc3m.tsv": '"a dog, red\nand old"\t0.png\n',
+}
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "BOM"])
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_of_text(name, mark, red):
+    (red / name).write_bytes(mark + TABLES[name].encode())
+    data = CaptionDataset(load_rows(str(red / name), "train"), folder=red, clean_captions=False)
+    assert data.texts == [["a dog, red\nand old"]] and data[0, 0]["image"].getpixel((3, 3)) == (200, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("", "is empty"),
+        ("a,b,c\n1,2,3\n", "names no column that is known, such as image and caption: .'a', 'b', 'c'"),
+        ("image,caption\n0.png,a,b\n", "line 2: it has another number of cells than the 2 columns"),
+    ],
+)
+def test_tables_that_are_none(text, says, red):
+    (red / "rows.csv").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        load_rows(str(red / "rows.csv"), "train")
+
+
+def test_a_folder_of_save_to_disk(red):
+    rows = datasets.Dataset.from_dict({"image": [str(red / "0.png")] * 4, "caption": list("abcd")})
+    rows.save_to_disk(red / "alone")
+    datasets.DatasetDict({"train": rows, "validation": rows.select([3])}).save_to_disk(red / "splits")
+    assert load_rows(str(red / "alone"), "train[1:3]")["caption"][:] == ["b", "c"]
+    assert load_rows(str(red / "splits"), "validation")["caption"][:] == ["d"]
+    assert load_rows(str(red / "splits"), "train[:1]+validation")["caption"][:] == ["a", "d"]
+    with pytest.raises(ValueError, match="has no split 'test', only"):
+        load_rows(str(red / "splits"), "test")
+    assert CaptionDataset(load_rows(str(red / "alone"), "all"))[0, 2]["text"] == "c"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 
+from .csv_rows import ENDINGS, csv_rows
 from .rows import Rows, take_split
 from .tars import tar_rows
 
@@ -40,11 +41,13 @@ def load_rows(dataset: str, split: str, image_folder: str | None = None) -> data
             rows = folder_rows(path, split)
         elif path.suffix in (".json", ".jsonl"):
             rows = take_split(*json_rows(path), split)
+        elif path.suffix in ENDINGS and path.exists():
+            rows = take_split(*whole(csv_rows(path)), split)
         elif path.suffix in (".parquet", ".tar"):
             rows = many_files([existing(path)], split)
         elif path.exists() or path.is_absolute() or dataset.startswith("."):
             existing(path)
-            raise ValueError(f"{path.name} is no .json, .jsonl, .parquet or .tar file")
+            raise ValueError(f"{path.name} is no .json, .jsonl, .csv, .tsv, .parquet or .tar file")
         else:
             rows = datasets.load_dataset(dataset, split=split)
     except Exception as error:  # datasets raises a dozen kinds
@@ -123,6 +126,8 @@ def folder_rows(folder: Path, split: str) -> datasets.Dataset | Rows:
     """An imagefolder, a folder of parquet files, or one of tars."""
     if not any(item.is_file() for item in folder.rglob("*")):
         raise ValueError(f"{folder} is an empty folder. It needs images with a metadata.jsonl, parquet files or tars.")
+    if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+        return saved_rows(folder, split)
     name = re.match(r"\w+", split)
     tars = split_tars(folder, name[0]) if name else []
     if tars:
@@ -139,6 +144,16 @@ def folder_rows(folder: Path, split: str) -> datasets.Dataset | Rows:
         for row in rows:
             row["image"] = str(listed.parent / row["image"]) if row["image"] else None
         return take_split(Rows.from_dicts(rows), {name[0]: range(len(rows))}, split)
+
+
+def saved_rows(folder: Path, split: str) -> datasets.Dataset:
+    """A folder of `save_to_disk`, of a data set with its splits or of one split, called train or all."""
+    saved = datasets.load_from_disk(str(folder))
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved, "all": saved}
+    sizes = {name: len(rows) for name, rows in splits.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
+    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return datasets.concatenate_datasets(chosen)
 
 
 def split_tars(folder: Path, split: str) -> list[str]:
