@@ -11,16 +11,17 @@ UNREADABLE = (
 
 
 class Page(gr.Blocks):
-    """gr.Blocks that fetches no address, and answers in words where a client of the API sends what cannot be read.
+    """gr.Blocks that fetches no address, builds no component that a client describes, and refuses in words.
 
     `Blocks.preprocess_data` reads the inputs of a request before any function sees them: it downloads what a file's path
-    names if that is an address, and where a component refuses its input the client is told "null" and the log gets a
-    traceback. Events and components have no hook before it, and `validator=` runs after it.
+    names if that is an address, builds the component that a message of a chat describes, with the file that it names, and
+    where a component refuses its input the client is told "null" and the log gets a traceback. Events and components have
+    no hook before it, and `validator=` runs after it.
     """
 
     async def preprocess_data(self, block_fn, inputs, *arguments, **keywords):
         try:
-            refuse_addresses(inputs)
+            refuse_what_would_be_opened(inputs)
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except gr.Error as error:
             error.print_exception = False
@@ -29,12 +30,14 @@ class Page(gr.Blocks):
             raise Mistake(UNREADABLE) from error
 
 
-def refuse_addresses(sent: object) -> None:
-    """Raises Mistake where a file, at any depth of what was sent, is an address."""
+def refuse_what_would_be_opened(sent: object) -> None:
+    """Raises Mistake where a file, at any depth of what was sent, is an address, or a message of a chat is no text."""
     if isinstance(sent, dict):
+        if "component" in sent or sent.get("type") in ("component", "file"):
+            raise Mistake("A chat holds texts alone: send pictures in the picture's field.")
         if "://" in str(sent.get("path")):
             raise Mistake("Addresses are not fetched. Send the picture itself.")
         sent = list(sent.values())
     if isinstance(sent, list):
         for part in sent:
-            refuse_addresses(part)
+            refuse_what_would_be_opened(part)
