@@ -132,7 +132,8 @@ class Blip2xConfig(PreTrainedConfig):
     itc_loss: softmax over the batch (the paper), or a sigmoid for each pair (SigLIP), which adds a learned bias.
     interpolate_pos_encoding: images are of another size than the tower was trained at, as in fine-tuning at 364 pixels:
         its position embeddings are always interpolated.
-    prompt_template: the prompt the model was trained with, for example `Question: {} Answer:`; "" if with none, None if that is unknown.
+    prompt_template: the prompt the model was trained with, for example `Question: {} Answer:`; "" if with none, None if
+        that is unknown.
     empty_prompt: ids that follow an image without a text, as the processor lays them out; None: BOS of a decoder-only
         language model that has one.
     """

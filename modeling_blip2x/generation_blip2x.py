@@ -388,7 +388,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         start = getattr(self.generation_config, "decoder_start_token_id", None)
         start = config.decoder_start_token_id if start is None else start
         shifted = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == -100, config.pad_token_id or 0)
+        return shifted.masked_fill(shifted == IGNORE, config.pad_token_id or 0)
 
     def _language_model_for(self, options: dict) -> Callable:
         """The language model; a view of it in eager attention where weights are asked for, which sdpa does not compute."""

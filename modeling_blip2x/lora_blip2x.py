@@ -80,6 +80,10 @@ def _matched(pattern: str, names: list[str]) -> set[str]:
             f"The regular expression {pattern!r} takes more than {PATIENCE} seconds over the model's layers: a repetition "
             "within a repetition, such as (a+)+, can take for ever. Write it without."
         ) from None
+    except subprocess.CalledProcessError as error:
+        raise ValueError(
+            f"The regular expression {pattern!r} fails on the model's layers: {error.stderr.splitlines()[-1]}"
+        ) from None
     return set(json.loads(found.stdout))
 
 

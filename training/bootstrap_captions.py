@@ -41,6 +41,7 @@ from blip2x_training.data.rows import Rows, require_column
 from blip2x_training.data.texts import bare_texts
 from blip2x_training.models.loading import is_stage1, load_model
 from blip2x_training.system.atomic_files import write_whole
+from blip2x_training.system.commands import run_command
 from blip2x_training.system.fingerprints import weights_fingerprint
 from blip2x_training.system.run_lock import locked_folder
 from blip2x_training.system.utf8 import not_utf8
@@ -258,10 +259,7 @@ def run(args: BootstrapArguments) -> None:
 
 def command() -> None:
     """main, with a mistake told in one line: the installed command."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from blip2x_training.data.formats import image_start, load_rows
 from blip2x_training.data.image_processor import load_image_processor, output_size
 from blip2x_training.data.killed_workers import in_multiprocessing, workers_may_die
 from blip2x_training.data.transforms import augment_image
+from blip2x_training.system.commands import run_command
 from blip2x_training.system.fingerprints import differences
 from blip2x_training.system.json_lines import read_json_object
 from blip2x_training.system.run_lock import locked_folder
@@ -333,10 +334,7 @@ def run(args: CacheArguments) -> None:
 
 def command() -> None:
     """main, with a mistake told in one line: the installed command."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
 
 
 if __name__ == "__main__":

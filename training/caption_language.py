@@ -27,6 +27,8 @@ from blip2x_training.arguments.base import BIG, Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import read_captions
 from blip2x_training.data.formats import load_rows
+from blip2x_training.system.atomic_files import even_modes
+from blip2x_training.system.commands import run_command
 from blip2x_training.system.run_lock import locked_folder
 from modeling_blip2x.plain_words_blip2x import PlainWords
 
@@ -134,12 +136,10 @@ def run(args: LanguageArguments) -> None:
         print(f"{args.eval_split}: loss {loss:.3f} a token, perplexity {torch.tensor(loss).exp():.1f}")
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
+    even_modes(Path(args.output_dir))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{Path(args.output_dir)}: {parameters / 1e6:.1f} million parameters, {len(tokenizer)} pieces.")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -22,6 +22,7 @@ from blip2x_training.engine.start import start_run
 from blip2x_training.engine.tasks import image_text_task, language_task
 from blip2x_training.models.loading import load_language_tokenizer
 from blip2x_training.models.quantize import four_bits, load_language_model_in_4bit, mark_as_quantized
+from blip2x_training.system.commands import run_command
 from blip2x_training.system.processes import folder_of_run
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.configuration_blip2x import OBJECTIVES
@@ -121,10 +122,7 @@ def choose_trained_parts(model, train_vision: bool) -> None:
 
 def command() -> None:
     """main, with a mistake told in one line: the installed command."""
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from blip2x_training.engine.fit import already_finished, fit
 from blip2x_training.engine.start import start_run
 from blip2x_training.engine.tasks import image_text_task
 from blip2x_training.models.loading import read_stage1_config
+from blip2x_training.system.commands import run_command
 from blip2x_training.system.processes import folder_of_run
 from modeling_blip2x import Blip2xForPreTraining, Blip2xProcessor, Blip2xQFormerConfig
 from modeling_blip2x.configuration_blip2x import OBJECTIVES
@@ -87,10 +88,7 @@ def qformer_config(fields: dict | None, tokenizer) -> Blip2xQFormerConfig:
 
 def command() -> None:
     """main, with a mistake told in one line: the installed command."""
-    try:
-        main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from blip2x_training.evaluation.report.page import write_report
 from blip2x_training.evaluation.results import table, unanswered, write_results
 from blip2x_training.evaluation.samples import EvaluationSet
 from blip2x_training.evaluation.scoring import counts, make_records, score
+from blip2x_training.system.commands import run_command
 from blip2x_training.system.fingerprints import weights_fingerprint
 from blip2x_training.system.processes import folder_of_run, on_main
 
@@ -241,9 +242,7 @@ def finish(
 def command() -> None:
     """main, with a mistake told in one line: the installed command."""
     try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        run_command(main)
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on from what is done.", file=sys.stderr)
         sys.exit(130)

@@ -20,6 +20,8 @@ from blip2x_training.arguments.base import BIG, TINY, Arguments, doc
 from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.data.caption_dataset import read_captions
 from blip2x_training.data.formats import load_rows
+from blip2x_training.system.atomic_files import even_modes
+from blip2x_training.system.commands import run_command
 from modeling_blip2x.plain_words_blip2x import PlainWords
 
 
@@ -100,13 +102,11 @@ def main(argv: list[str] | None = None) -> None:
         model.config.initializer_range = args.initializer_range
     model.save_pretrained(args.output_dir)
     smaller.save_pretrained(args.output_dir)
+    even_modes(Path(args.output_dir))
     before, after = tokenizer(texts[0])["input_ids"], smaller(texts[0])["input_ids"]
     assert tokenizer.convert_ids_to_tokens(before) == smaller.convert_ids_to_tokens(after)
     print(f"{Path(args.output_dir)}: {len(kept)} of {len(tokenizer)} pieces, {model.config.num_hidden_layers} layers")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from blip2x_training.system.commands import run_command
 from tests.helpers.training_parts import make_image_folder, make_vision_model
 
 # The server looks for what it preloads where PYTHONPATH says, and passes silently over what it does not find.
@@ -69,12 +71,21 @@ def main(script: str, argv: list[str], output: Path, environment: dict[str, str]
     if patch is not None:
         patch()
     try:
-        importlib.import_module(f"blip2x_training.{script}").main(argv)
-    except (ValueError, OSError, FloatingPointError) as error:  # as at the foot of the scripts
-        sys.exit(f"error: {error}")
+        run_command(lambda: importlib.import_module(f"blip2x_training.{script}").main(argv))
     finally:
         with contextlib.suppress(ValueError):
             sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def full_disk(size: int):
+    """No file of this process can grow beyond so many bytes: the system refuses the write, as on a disk without space."""
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def free_port() -> int:

@@ -14,6 +14,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from tests.helpers.tiny import LANGUAGE_MODELS, TOWERS, image_processor, liven, llm_tokenizer
 
+SMALL_QFORMER = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+}
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 
 
@@ -67,13 +74,12 @@ def run_stage1(dataset: Path, tower: Path, out: Path, *flags: str) -> list[dict]
 
 
 def stage1_flags(dataset: Path, tower: Path, out: Path) -> list[str]:
-    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
     fields = {
         "dataset": dataset,
         "vision_model": tower,
         "output_dir": out,
         "text_column": "captions",
-        "qformer_config": json.dumps(sizes | {"max_position_embeddings": 64}),
+        "qformer_config": json.dumps(SMALL_QFORMER),
         "num_query_tokens": 4,
         "image_text_hidden_size": 16,
         "min_word_count": 1,

@@ -4,16 +4,9 @@ import json
 from pathlib import Path
 
 from blip2x_training import pretrain_stage1, pretrain_stage2
+from tests.helpers.training_parts import SMALL_QFORMER
 
-QFORMER = json.dumps(
-    {
-        "hidden_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 96,
-        "max_position_embeddings": 64,
-    }
-)
+QFORMER = json.dumps(SMALL_QFORMER)
 COMMON = [
     "--text_column",
     "captions",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from blip2x_training.engine.checkpoint import save_root
 from blip2x_training.reporting.curves import draw_curves
 from blip2x_training.system.atomic_files import even_modes, whole_folder, write_whole
 
@@ -52,6 +53,19 @@ def test_all_files_have_the_mode_that_the_umask_gives(tmp_path):
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "step_1").iterdir()}
     assert modes == dict.fromkeys(["a.safetensors", "state.json", "best.json"], 0o640)
+
+
+def test_the_root_of_a_run_has_one_mode_too(tmp_path):
+    class Part:
+        def save_pretrained(self, folder):
+            (folder / "merged").mkdir(parents=True)
+            save_file({"a": torch.ones(1)}, folder / "merged" / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+
+    save_root(tmp_path, Part())
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "plain").write_text("")
+    assert modes == {stat.S_IMODE((tmp_path / "plain").stat().st_mode)}
 
 
 def test_a_link_in_a_folder_keeps_its_target_as_it_is(tmp_path):

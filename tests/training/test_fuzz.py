@@ -1,4 +1,4 @@
-"""Two thousand broken inputs: each is used, or refused in a sentence. Slow; run by make test-slow."""
+"""Seventeen hundred broken inputs: each is used, or refused in a sentence. Slow; run by make test-slow."""
 
 import json
 import shutil

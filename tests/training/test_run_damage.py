@@ -1,6 +1,5 @@
 """Damage to a run's folder, a killed loader and a full disk end in a sentence; what can be finished is finished."""
 
-import contextlib
 import functools
 import json
 import multiprocessing
@@ -8,7 +7,6 @@ import multiprocessing.connection
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 from pathlib import Path
@@ -23,7 +21,7 @@ from blip2x_training.data.killed_workers import workers_may_die
 from blip2x_training.engine import finish
 from blip2x_training.engine.checkpoint import read_state, steps_saved
 from blip2x_training.evaluation.journal import whole_lines
-from tests.helpers.processes import Script, flags, make_parts
+from tests.helpers.processes import Script, flags, full_disk, make_parts
 
 STEPS = 4
 
@@ -204,17 +202,6 @@ def test_a_lost_connection_to_a_worker_is_its_death_and_another_missing_file_is_
         multiprocessing.connection.Client(str(tmp_path / "socket"))
     with pytest.raises(FileNotFoundError, match="nothing$|nothing'$"), workers_may_die(lambda: "Go on."):
         (tmp_path / "nothing").read_bytes()
-
-
-@contextlib.contextmanager
-def full_disk(size: int):
-    """No file of this process can grow beyond so many bytes, as on a disk without space."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def test_a_disk_that_fills_up_while_features_are_cached_is_told(fields, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 ROOMS = ("modeling_blip2x", "training", "space_app", "benchmarks")
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 450, 100, 10
+MOST_PARAMETERS_OF = {"train": 9}
 # Whose parameters others dictate: transformers names those of a forward, and a Gradio endpoint has one for each control.
 # chunked_backward is one too: forward and backward.
 NAMES_OF_FORWARDS = {"forward", "generate", "__call__", "chunked_backward"}
@@ -52,7 +53,7 @@ def test_no_function_has_many_parameters():
     many = [
         f"{path}:{function.lineno} {function.name} has {parameters(function)}"
         for path, function in found(*ROOMS)
-        if parameters(function) > MOST_PARAMETERS
+        if parameters(function) > MOST_PARAMETERS_OF.get(function.name, MOST_PARAMETERS)
         and function.name not in NAMES_OF_FORWARDS
         and not (path.name.endswith("_tab.py") and function.name in ENDPOINTS)
     ]

@@ -19,7 +19,8 @@ from blip2x_training.data.formats import load_rows
 from blip2x_training.data.rows import Rows
 from blip2x_training.data.text_lengths import tell_what_is_cut
 from blip2x_training.evaluation.samples import EvaluationSet
-from blip2x_training.system.utf8 import escaped, not_utf8
+from blip2x_training.system.utf8 import not_utf8
+from modeling_blip2x.printable_blip2x import printable
 from tests.helpers.family_tokenizers import bert
 from tests.helpers.tiny import QUERIES, llm_tokenizer, stage2, stage2_processor
 from tests.helpers.training_parts import make_vision_model, run_stage1
@@ -150,7 +151,7 @@ def test_names_that_are_no_utf8_are_escaped(latin1_tar, tmp_path, capsys):
     log.add(dataset[0, 1]["skipped"], 1)
     read = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [os.path.basename(row["name"]) for row in read] == [r"caf\udce91.png", r"caf\udce92.png"]
-    assert escaped("a\x1b[31mb\ud83d é.png") == r"a\x1b[31mb\ud83d é.png"
+    assert printable("a\x1b[31mb\ud83d é.png") == r"a\x1b[31mb\ud83d é.png"
 
 
 def test_cache_bootstrap_and_evaluation_take_names_that_are_no_utf8(latin1_tar, runs, tmp_path):

@@ -8,21 +8,13 @@ import pytest
 from blip2x_training import finetune, pretrain_stage1, pretrain_stage2
 from tests.helpers.processes import flags
 from tests.helpers.ranks import run
-from tests.helpers.training_parts import make_image_folder, make_language_model, make_vision_model
+from tests.helpers.training_parts import SMALL_QFORMER, make_image_folder, make_language_model, make_vision_model
 
 TEXTS = ("red", "a photo of the red square on the left of this picture", "dog", "a cat , a dog and one blue circle")
 LAYOUTS = {"4 x 2": (4, 2), "2 x 4": (2, 4), "1 x 8": (1, 8)}  # pairs in a forward, forwards
 SCRIPTS = {"pretrain_stage1": pretrain_stage1, "pretrain_stage2": pretrain_stage2, "finetune": finetune}
 SAME = 1e-6
-QFORMER = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 64,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
+QFORMER = {**SMALL_QFORMER, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,9 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.helpers.ranks import run
-from tests.helpers.training_parts import make_image_folder, make_language_model, make_vision_model
+from tests.helpers.training_parts import SMALL_QFORMER, make_image_folder, make_language_model, make_vision_model
 
-QFORMER = {
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 96,
-    "max_position_embeddings": 64,
-    "attention_probs_dropout_prob": 0.0,
-}
+QFORMER = {**SMALL_QFORMER, "attention_probs_dropout_prob": 0.0}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from safetensors.torch import load_file
 
 from blip2x_training import pretrain_stage1
 from blip2x_training.engine.checkpoint import clear_leftovers, steps_saved
-from tests.helpers.processes import PATIENCE, Script, flags, make_parts, steps_logged, until
+from tests.helpers.processes import PATIENCE, Script, flags, full_disk, make_parts, steps_logged, until
 
 TRAINING = Path(__file__).parents[2] / "training"
 STEPS = 12
@@ -157,17 +156,6 @@ def stop_in_a_save(process: subprocess.Popen, out: Path, which: int) -> None:
 
 def half_written(out: Path) -> bool:
     return bool(list((out / "checkpoints").glob(".step_*.tmp")))
-
-
-@contextlib.contextmanager
-def full_disk(size: int):
-    """No file of this process can grow beyond so many bytes: the system refuses the write, as on a disk without space."""
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
 def test_full_disk_is_an_error_that_leaves_the_checkpoint_before(fields, whole, tmp_path, monkeypatch):

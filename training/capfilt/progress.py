@@ -9,12 +9,14 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from modeling_blip2x.printable_blip2x import printable
+
 from ..data.caption_dataset import ImageDataset
 from ..data.images import image_source
 from ..system.atomic_files import write_whole
 from ..system.fingerprints import differences
 from ..system.json_lines import read_whole_lines
-from ..system.utf8 import escaped, json_bytes
+from ..system.utf8 import json_bytes
 
 REMEDY = "Delete the file to start over."
 
@@ -92,7 +94,7 @@ def write_dataset(images: ImageDataset, records: list[dict], folder: Path, split
                 image, value = source(record), images.images[record["row"]][images.image_column]
                 content = image.read_bytes() if isinstance(image, Path) else image.getvalue()
                 path = value.get("path") if isinstance(value, dict) else value
-                rows.append(row_of(record, {"bytes": content, "path": path and escaped(Path(path).name)}))
+                rows.append(row_of(record, {"bytes": content, "path": path and printable(Path(path).name, keep="")}))
             writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
     os.replace(temporary, target)
     return target

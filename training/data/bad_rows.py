@@ -14,7 +14,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..system.utf8 import escaped, json_bytes
+from modeling_blip2x.printable_blip2x import printable
+
+from ..system.utf8 import json_bytes
 
 TRIES = 20  # rows that a visit tries before it gives up
 SAMPLE = 1000  # visits that the share of bad rows is at least judged by
@@ -154,7 +156,7 @@ def record_skips(
                 f"{len(left_out + unreadable)} of {num_rows} rows are left out, the first: row {first['row']} of {first['dataset']}, "
                 f"{first['name']}: {first['reason']}. {path} lists all."
             )
-            accelerator.print(escaped(line))
+            accelerator.print(printable(line, keep=""))
         dataset.skip_log.start(write=accelerator.is_main_process)
         if unreadable:
             dataset.skip_log.add(unreadable, num_rows)

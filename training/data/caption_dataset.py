@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from modeling_blip2x.printable_blip2x import printable
+
 from ..system.signals import shield_worker
-from ..system.utf8 import escaped, not_utf8
+from ..system.utf8 import not_utf8
 from .bad_rows import TRIES, ReportedBatches, Reporting, SkipLog
 from .image_identity import ImageNumbers, rows_by_image
 from .images import BadRow, find_images, image_name, keep_encoded, open_image, opened
@@ -48,7 +50,7 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def name(self, row: int) -> str:
         """What a report calls the image of a row."""
-        return escaped(image_name(self.images[row][self.image_column], self.folder))
+        return printable(image_name(self.images[row][self.image_column], self.folder), keep="")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from ..models.full_tensors import (
     trained_parameters,
     whole_tensors,
 )
-from ..system.atomic_files import clear_unfinished, discard, sync, whole_folder, write_whole
+from ..system.atomic_files import clear_unfinished, discard, even_modes, sync, whole_folder, write_whole
 from ..system.checksums import file_sum, read_sealed, write_sealed
 from .optimizer import AveragedWeights
 
@@ -261,6 +261,7 @@ def save_root(output_dir: Path, *parts) -> None:
     try:
         for part in parts:
             part.save_pretrained(temporary)
+        even_modes(temporary)
         for path in temporary.rglob("*"):
             sync(path)
     except Exception as error:

@@ -25,7 +25,7 @@ from ..system.processes import on_main
 from .best import Best
 from .checkpoint import NOTHING_DONE, intact, is_finished, read_state
 from .finish import finish
-from .optimizer import Schedule, build_optimizer
+from .optimizer import Schedule
 from .origin import check_origin, describe_data, describe_model
 from .start import open_output_dir, seed_training
 from .train_loop import Task, train, validate
@@ -97,13 +97,6 @@ def fit(
     open_output_dir(args, accelerator)
     tell_what_is_cut(accelerator, train_set, task.collate, args.max_text_length)
     batches = batches_from_where_it_stopped(args, accelerator, train_set, eval_set, task, max_steps)
-    optimizer = build_optimizer(
-        model,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        layer_decay=args.layer_decay,
-    )
     schedule = Schedule(
         max_steps=max_steps,
         warmup_steps=warm_up(args.warmup_steps, max_steps, accelerator),
@@ -115,7 +108,7 @@ def fit(
     seed_training(args.seed, accelerator)
 
     with workers_may_die(lambda: f"{intact(output_dir)} The same command continues from there."):
-        averages = train(args, accelerator, model, optimizer, batches, task, schedule, best, watch, made_from)
+        averages = train(args, accelerator, model, batches, task, schedule, best, watch, made_from)
         with averages.in_place() if averages else contextlib.nullcontext():
             figures = validate(model, task, final=True)
             finish(args, accelerator, model, processor, max_steps, figures, best, watch, averaged=averages is not None)

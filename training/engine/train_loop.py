@@ -21,7 +21,7 @@ from ..system.signals import StopSignal
 from .best import Best, write_best
 from .checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
 from .finite import agree, clip_gradients, gradient_norm, not_finite
-from .optimizer import AveragedWeights, Schedule, set_learning_rate
+from .optimizer import AveragedWeights, Schedule, build_optimizer, set_learning_rate
 from .sharding import keep_embeddings_whole, plan_sharding
 from .token_weights import tokens_per_forward
 
@@ -56,7 +56,6 @@ def train(
     args: RunArguments,
     accelerator: Accelerator,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
     batches: Iterable[dict],
     task: Task,
     schedule: Schedule,
@@ -78,6 +77,13 @@ def train(
     and SystemExit(128 + signal) after Ctrl-C or SIGTERM.
     """
     output_dir, max_steps, forwards = Path(args.output_dir), schedule.max_steps, args.gradient_accumulation_steps
+    optimizer = build_optimizer(
+        model,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        layer_decay=args.layer_decay,
+    )
     plan_sharding(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     keep_embeddings_whole(accelerator.unwrap_model(model))

@@ -1,4 +1,4 @@
-"""Texts and names that are no UTF-8: rows with such texts are left out, and such names are escaped where they are shown."""
+"""Texts that are no UTF-8: rows with such texts are left out, and what reports say of them can be written."""
 
 
 def not_utf8(*values: object) -> str | None:
@@ -17,13 +17,6 @@ def not_utf8(*values: object) -> str | None:
             if fault is not None:
                 return fault
     return None
-
-
-def escaped(name: str) -> str:
-    """A name for logs and reports: what cannot be written, or would steer a terminal, as `\\udce9` or `\\x1b`."""
-    if name.isprintable():
-        return name
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in name)
 
 
 def json_bytes(text: str) -> bytes:
