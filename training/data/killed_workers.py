@@ -17,16 +17,25 @@ def workers_may_die(then: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, OSError) as error:
+        # First of all: torch's handler raises again whenever a child ends as long as the dead worker is known, also while
+        # the error is looked at and while this process exits.
+        handler = set_child_handler(signal.SIG_DFL)
         if "DataLoader worker" not in str(error) and not in_multiprocessing(error):
+            if handler is not None:  # None: not set from Python, or not in the main thread
+                set_child_handler(handler)
             raise
-        # torch's handler would raise again whenever the dead worker is looked at, also while this process exits.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(
             f"A process that loads data has died ({reason}). {then()} If it was killed for want of memory, pass a smaller "
             "--dataloader_num_workers; 0 loads in the main process."
         ) from error
+
+
+def set_child_handler(handler: object) -> object:
+    """Set what happens when a child process ends, and return what did before; only a main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGCHLD, handler)
 
 
 def in_multiprocessing(error: BaseException) -> bool:
