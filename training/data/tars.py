@@ -1,9 +1,12 @@
 """Webdataset tars, read where they lie: an index of where each sample's image is, built from the headers.
 
-A sample is the neighbouring files that share a name up to its first dot: `0001.jpg` with `0001.txt`, `0001.json` or
-`0001.cls`. Building the index reads headers and texts and skips over the images. It keeps a name, three numbers and the
-texts of each sample in memory, so that any image can be read by one `pread`, in any order, by any worker or process:
-nothing is unpacked and no worker has a state that resuming would have to restore.
+A sample is an image and the files of its tar whose names begin with the image's, up to a dot: `0001.jpg` with `0001.txt`,
+`0001.json` or `0001.cls`, in any order. Where images are called `0001` and `0001.v2`, a file belongs to the longest that
+fits; webdataset itself cuts at the first dot, and would throw `img.v1.jpg` and `img.v2.jpg` together.
+
+Building the index reads headers and texts and skips over the images. It keeps a name, three numbers and the texts of each
+sample in memory, so that any image can be read by one `pread`, in any order, by any worker or process: nothing is unpacked
+and no worker has a state that resuming would have to restore.
 """
 
 import functools
@@ -11,6 +14,7 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -58,49 +62,126 @@ def tar_rows(paths: list[str]) -> Rows:
     return Rows({"image": images, **Rows.from_dicts(samples).columns}, numbers)
 
 
+@dataclass(slots=True)
+class Member:
+    """A file of a tar; `columns` is what it brings if it is a text."""
+
+    name: str
+    place: tuple[int, int]  # offset and size
+    columns: dict = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Sample:
+    """The files of one sample by their endings, such as jpg and txt."""
+
+    stem: str
+    files: dict[str, Member] = field(default_factory=dict)
+
+    def has_image(self) -> bool:
+        return any(ending in IMAGES for ending in self.files)
+
+    def columns(self) -> dict:
+        found = {}
+        for ending, member in self.files.items():
+            found |= member.columns if ending in ("txt", "json", *TEXTS) else {}
+        return found
+
+    def row(self) -> tuple[str, tuple[int, int], dict]:
+        images = [member for ending, member in self.files.items() if ending in IMAGES]
+        return (images[-1].name, images[-1].place, self.columns()) if images else (self.stem, (-1, 0), self.columns())
+
+
 def read_index(path: str) -> Iterator[tuple[str, tuple[int, int], dict]]:
-    """Name, (offset, size) of the image, and columns of each sample of a tar; offset -1 where it has no image."""
-    sample, name, place, columns, members, endings = None, None, (-1, 0), {}, 0, set()
+    """Name, (offset, size) of the image, and columns of each sample of a tar; offset -1 where it has no image.
+
+    Raises ValueError for what is no whole tar, and for names of which it cannot be told what belongs together.
+    """
+    neighbours = group_neighbours(path, read_members(path))
+    places: dict[str, list[Sample]] = {}
+    for sample in neighbours:
+        places.setdefault(sample.stem, []).append(sample)
+    samples = [sample for found in places.values() for sample in joined(path, found)]
+    told = {sample.stem for sample in samples if sample.columns() and sample.has_image()}
+    for sample in samples:
+        # Left out is 0001.seg.png beside 0001.jpg with its text: another picture of that sample.
+        if sample.columns() or told.isdisjoint(shorter_names(sample.stem)):
+            yield sample.row()
+
+
+def read_members(path: str) -> list[Member]:
+    """The files of a tar that have an ending, with their texts; hidden ones, as macOS adds, are left out."""
+    found, members, whole = [], 0, os.path.getsize(path)
     try:
         with tarfile.open(path, "r:") as tar:  # "r:" is a plain tar: in a compressed one nothing can be addressed
             for member in tar:
                 tar.members = []  # tarfile would keep every header
                 members += 1
-                key, ending = split_name(member.name)
-                if not member.isfile() or not ending:
+                stem, ending = split_name(member.name)
+                if not member.isfile() or not ending or os.path.basename(stem).startswith("."):
                     continue
-                if member.offset_data + member.size > os.path.getsize(path):
+                if member.offset_data + member.size > whole:
                     raise tarfile.ReadError(f"it ends within {member.name}")
-                if key != sample:
-                    if sample is not None:
-                        yield name, place, columns
-                    sample, name, place, columns, endings = key, key, (-1, 0), {}, set()
-                if ending in endings:  # a second sample of this name: its image would get the first one's text
-                    raise ValueError(
-                        f"{path} holds {member.name} twice in one sample. Give each sample a name of its own, and write the "
-                        "tar again."
-                    )
-                endings.add(ending)
-                if ending in IMAGES:
-                    name, place = member.name, (member.offset_data, member.size)
-                elif ending in ("txt", "json", *TEXTS) and member.size <= TEXT_BYTES:
-                    columns |= read_columns(ending, tar.extractfile(member).read())
-            if os.path.getsize(path) < tar.offset + tarfile.BLOCKSIZE:
+                found.append(Member(member.name, (member.offset_data, member.size)))
+                if ending in ("txt", "json", *TEXTS) and member.size <= TEXT_BYTES:
+                    found[-1].columns = read_columns(ending, tar.extractfile(member).read())
+            if whole < tar.offset + tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it has no end mark")  # cut off between two files
     except (OSError, tarfile.TarError) as error:
         raise ValueError(
             f"{path} is no whole tar: {error} (after {members} files). Fetch it again or leave it out; a compressed tar "
             "must be decompressed first."
         ) from error
-    if sample is not None:
-        yield name, place, columns
+    return found
+
+
+def group_neighbours(path: str, members: list[Member]) -> list[Sample]:
+    """Samples of files that follow one another; one whose files lie apart is there several times."""
+    images = {stem for stem, ending in map(split_name, (member.name for member in members)) if ending in IMAGES}
+    samples = []
+    for member in members:
+        stem, _ = split_name(member.name)
+        stem = next((name for name in (stem, *shorter_names(stem)) if name in images), stem)
+        ending = member.name[len(stem) + 1 :].lower()
+        if not samples or samples[-1].stem != stem:
+            samples.append(Sample(stem))
+        if ending in samples[-1].files:
+            raise twice(path, member.name)
+        samples[-1].files[ending] = member
+    return samples
+
+
+def joined(path: str, places: list[Sample]) -> list[Sample]:
+    """One sample of the files that lie apart; as many as there are where each place holds the same kinds of files."""
+    if all(place.has_image() and place.files.keys() == places[0].files.keys() for place in places):
+        return places
+    whole = Sample(places[0].stem)
+    for place in places:
+        for ending, member in place.files.items():
+            if ending in whole.files or (ending in IMAGES and whole.has_image()):  # whose is the text?
+                raise twice(path, member.name)
+        whole.files |= place.files
+    return [whole]
+
+
+def twice(path: str, name: str) -> ValueError:
+    """A second file of this name: its image would get the first one's text."""
+    return ValueError(
+        f"{path} holds {name[:100]} twice in one sample. Give each sample a name of its own, and write the tar again."
+    )
+
+
+def shorter_names(stem: str) -> list[str]:
+    """a/b.c.d: a/b.c and a/b."""
+    folder, slash, name = stem.rpartition("/")
+    parts = name.split(".")
+    return [f"{folder}{slash}{'.'.join(parts[:count])}" for count in range(len(parts) - 1, 0, -1)]
 
 
 def split_name(path: str) -> tuple[str, str]:
-    """Name of the sample and ending in lower case, cut at the first dot of the file's own name."""
-    folder, slash, name = path.rpartition("/")
-    stem, _, ending = name.partition(".")
-    return f"{folder}{slash}{stem}", ending.lower()
+    """Name without the ending, and the ending in lower case."""
+    stem, dot, ending = path.rpartition(".")
+    return (stem, ending.lower()) if dot and "/" not in ending else (path, "")
 
 
 def read_columns(ending: str, content: bytes) -> dict:
