@@ -38,7 +38,7 @@ from blip2x_training.data.caption_dataset import ImageDataset
 from blip2x_training.data.feature_cache import images_fingerprint
 from blip2x_training.data.formats import image_start, load_rows
 from blip2x_training.data.rows import Rows, require_column
-from blip2x_training.data.texts import bare_texts
+from blip2x_training.data.texts import plain_texts
 from blip2x_training.models.loading import is_stage1, load_model
 from blip2x_training.system.atomic_files import write_whole
 from blip2x_training.system.commands import run_command
@@ -118,14 +118,20 @@ class Models:
 
 
 def web_captions(rows: datasets.Dataset | Rows, column: str | None) -> list[list[str]]:
-    """The captions of each row; an empty list where it has none."""
+    """The captions of each row; an empty list where it has none. Raises ValueError for what is no text."""
     column = column or next((name for name in CAPTION_COLUMNS if name in rows.column_names), None)
     if column is None:
         return [[] for _ in range(len(rows))]
     require_column(rows, column, "text_column")
-    values = [bare_texts(value) for value in rows[column][:]]
-    values = [[value] if isinstance(value, str) else value or [] for value in values]
-    return [[text for text in value if isinstance(text, str) and not not_utf8(text)] for value in values]
+    captions = []
+    for row, value in enumerate(rows[column][:]):
+        try:
+            captions.append([text for text in plain_texts(value) if not not_utf8(text)])
+        except ValueError as error:
+            raise ValueError(
+                f"Column {column!r}, row {row}: {error}. Name the column of the texts: --text_column."
+            ) from error
+    return captions
 
 
 def caption(

@@ -22,7 +22,7 @@ from .bad_rows import TRIES, ReportedBatches, Reporting, SkipLog
 from .image_identity import ImageNumbers, rows_by_image
 from .images import BadRow, find_images, image_name, keep_encoded, open_image, opened
 from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column, require_column
-from .texts import bare_texts
+from .texts import bare_texts, not_a_text
 from .transforms import augment_image, clean_caption
 
 Turn = tuple[str, list[str]]  # a question ("" for none) and the texts that answer it, of which each visit draws one
@@ -319,6 +319,10 @@ def joined_turns(turns_of_rows: list[list[Turn]]) -> list[Turn]:
     return [("", [text for turns in turns_of_rows for _, texts in turns for text in texts])]
 
 
+class NoText(BadRow):
+    """A value of another type where a text should be: most likely the wrong column."""
+
+
 def read_turns(
     rows: datasets.Dataset | Rows, text_column: str, prompt_column: str | None, clean: bool
 ) -> list[list[Turn] | BadRow]:
@@ -329,6 +333,8 @@ def read_turns(
     for value, question in zip(values, questions, strict=True):
         try:
             turns.append(read_row(value, question, clean, bool(prompt_column)))
+        except NoText as error:
+            turns.append(BadRow(f"column {text_column!r}: {error}"))
         except BadRow as error:
             turns.append(error)
     return turns
@@ -364,12 +370,12 @@ def read_texts(value, clean: bool) -> list[str]:
     try:
         value = bare_texts(value)
     except ValueError as error:
-        raise BadRow(str(error)) from error
+        raise NoText(str(error)) from error
     texts = [value] if isinstance(value, str) else value
     if texts is None or texts == []:
         raise BadRow("no text")
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRow(f"the text is no text: {str(value)[:100]}")
+        raise NoText(not_a_text(value))
     cleaned = [clean_caption(text) if clean else text for text in texts]
     kept = [text for text in cleaned if text.strip()]
     if not kept:

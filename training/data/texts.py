@@ -1,6 +1,7 @@
 """The texts of a value as data sets hold them: VQAv2's answers and COCO's captions come as objects with a text inside."""
 
 import ast
+import math
 
 TEXT_KEYS = ("answer", "raw", "caption", "text")
 
@@ -25,3 +26,22 @@ def bare_texts(value: object) -> object:
         if key in value:
             return value[key]
     raise ValueError(f"the text is no text, but an object without {', '.join(TEXT_KEYS)}: {str(value)[:100]}")
+
+
+def not_a_text(value: object) -> str:
+    """Why `value` cannot be used, in words: its beginning, and its type."""
+    return f"the text is no text: {str(value)[:100]}, of type {type(value).__name__}"
+
+
+def plain_texts(value: object, numbers: bool = False) -> list[str]:
+    """A text, a list of them or nothing, as a list of texts; with `numbers`, also 2 or 3.5, as an answer that counts.
+
+    Raises ValueError for all else: str() of it would be compared with captions as if it were one.
+    """
+    value = bare_texts(value)
+    texts = value if isinstance(value, list) else [value]
+    for text in texts:
+        number = isinstance(text, (int, float)) and not isinstance(text, bool) and math.isfinite(text)
+        if not (text is None or isinstance(text, str) or (numbers and number)):
+            raise ValueError(not_a_text(text))
+    return [str(text) for text in texts if text is not None]

@@ -11,7 +11,7 @@ from ..data.caption_dataset import ImageDataset, fill_prompt
 from ..data.image_identity import ImageNumbers, rows_by_image
 from ..data.images import NO_NAME, BadRow, FoundImage, find_images, open_image
 from ..data.rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
-from ..data.texts import bare_texts
+from ..data.texts import plain_texts
 from ..data.transforms import clean_caption
 from ..system.utf8 import not_utf8
 
@@ -97,6 +97,8 @@ class EvaluationSet(ImageDataset):
     ) -> list[Sample]:
         """What all rows ask, whether their image is there or not: a question each, or an image each with all its texts."""
         texts = read_column(rows, text_column, COLUMNS[self.task], "text_column")
+        if self.task != "classification":
+            check_texts(texts, text_column or next((one for one in COLUMNS[self.task] if one in rows.column_names), ""))
         id_column = next((name for name in IMAGE_ID_COLUMNS if name in rows.column_names), None)
         ids = rows[id_column][:] if id_column else [None] * len(found)
         groups = {column: rows[column][:] for column in GROUPS if column in rows.column_names}
@@ -204,11 +206,22 @@ def file_id(name: str, row: int) -> int | str:
     return int(number[1]) if number else Path(name).name
 
 
+def check_texts(values: list, column: str) -> None:
+    """Raises ValueError that names column, row, value and type of what is no text; rows with several questions hold
+    lists of lists."""
+    for row, value in enumerate(values):
+        try:
+            for one in value if isinstance(value, list) else [value]:
+                as_texts(one)
+        except ValueError as error:
+            raise ValueError(
+                f"Column {column!r}, row {row}: {error}. Name the column of the texts: --text_column."
+            ) from error
+
+
 def as_texts(value: object) -> list[str]:
-    """A text, a list of them, a number or nothing, as a list of texts; raises ValueError for objects without a text."""
-    value = bare_texts(value)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return [str(text) for text in values if text is not None]
+    """A text, a list of them, a number or nothing, as a list of texts; raises ValueError for what is neither."""
+    return plain_texts(value, numbers=True)
 
 
 def as_labels(value: object) -> list[int | str]:
