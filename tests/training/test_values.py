@@ -3,13 +3,14 @@
 import base64
 import io
 import json
+import zipfile
 
 import datasets
 import pytest
 from PIL import Image
 
 from blip2x_training.bootstrap_captions import web_captions
-from blip2x_training.data.caption_dataset import CaptionDataset
+from blip2x_training.data.caption_dataset import CaptionDataset, ImageDataset
 from blip2x_training.data.formats import load_rows
 from blip2x_training.data.images import image_name, open_image
 from blip2x_training.data.rows import Rows
@@ -125,3 +126,21 @@ def test_a_folder_of_save_to_disk(red):
     with pytest.raises(ValueError, match="has no split 'test', only"):
         load_rows(str(red / "splits"), "test")
     assert CaptionDataset(load_rows(str(red / "alone"), "all"))[0, 2]["text"] == "c"
+
+
+def test_an_imagefolder_in_a_zip_is_to_be_unpacked(red):
+    (red / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "red"}))
+    (red / "zipped").mkdir()
+    with zipfile.ZipFile(red / "zipped" / "train.zip", "w") as archive:
+        for name in ("0.png", "metadata.jsonl"):
+            archive.write(red / name, name)
+    with pytest.raises(ValueError, match="train.zip is a zip: unpack it, and name the folder"):
+        load_rows(str(red / "zipped" / "train.zip"), "train")
+    rows = load_rows(str(red / "zipped"), "train")  # datasets reads it, and names zip://0.png::.../train.zip
+    for read in (
+        lambda: CaptionDataset(rows),
+        lambda: EvaluationSet(rows, task="caption"),
+        lambda: ImageDataset(rows, "image").image(0),
+    ):
+        with pytest.raises(ValueError, match="it lies inside an archive: unpack that, and name the folder"):
+            read()

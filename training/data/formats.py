@@ -3,6 +3,7 @@
 import glob
 import json
 import re
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def load_rows(dataset: str, split: str, image_folder: str | None = None) -> data
             rows = many_files([existing(path)], split)
         elif path.exists() or path.is_absolute() or dataset.startswith("."):
             existing(path)
+            if zipfile.is_zipfile(path):
+                raise ValueError(f"{path.name} is a zip: unpack it, and name the folder")
             raise ValueError(f"{path.name} is no .json, .jsonl, .csv, .tsv, .parquet or .tar file")
         else:
             rows = datasets.load_dataset(dataset, split=split)

@@ -65,7 +65,7 @@ def image_name(value: dict | str | None, folder: Path | None) -> str:
     try:
         value = plain_value(value)
     except BadRow:
-        return str(value)[:SHOWN]
+        return str(value["path"] if isinstance(value, dict) else value)[:SHOWN]
     path = value.get("path") if isinstance(value, dict) else value
     if not isinstance(path, str) or not path:
         return "embedded bytes" if isinstance(value, dict) and value.get("bytes") else NO_NAME
@@ -84,6 +84,8 @@ def plain_value(value: object) -> dict | str | None:
         return plain_value(value[0]) if value else None
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": bytes(value), "path": None}
+    if isinstance(value, dict) and not value.get("bytes") and "tar" not in value:
+        plain_value(value.get("path"))  # refuses an address, and what lies in an archive
     if not isinstance(value, str):
         return value
     if re.match(r"(https?|ftp|s3|gs|hf)://", value):
