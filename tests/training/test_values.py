@@ -11,10 +11,12 @@ from PIL import Image
 
 from blip2x_training.bootstrap_captions import web_captions
 from blip2x_training.data.caption_dataset import CaptionDataset, ImageDataset
+from blip2x_training.data.evaluation_formats import evaluation_rows
 from blip2x_training.data.formats import load_rows
 from blip2x_training.data.images import image_name, open_image
 from blip2x_training.data.rows import Rows
 from blip2x_training.data.texts import bare_texts
+from blip2x_training.evaluation.choosing import read_names
 from blip2x_training.evaluation.samples import EvaluationSet
 
 
@@ -144,3 +146,28 @@ def test_an_imagefolder_in_a_zip_is_to_be_unpacked(red):
     ):
         with pytest.raises(ValueError, match="it lies inside an archive: unpack that, and name the folder"):
             read()
+
+
+def test_images_in_a_zip_beside_their_metadata_are_to_be_unpacked(red):
+    with zipfile.ZipFile(red / "images.zip", "w") as archive:
+        archive.write(red / "0.png", "0.png")
+    (red / "0.png").unlink()
+    rows = Rows({"image": ["0.png"], "text": ["red"]})
+    for read in (
+        lambda: CaptionDataset(rows, folder=red),
+        lambda: EvaluationSet(rows, task="caption", folder=red),
+        lambda: ImageDataset(rows, "image", red).image(0),
+    ):
+        with pytest.raises(ValueError, match="the file is missing, but images.zip lies there: unpack it"):
+            read()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfcat\ndog\n")
+    (tmp_path / "names.json").write_bytes(b'\xef\xbb\xbf["cat", "dog"]')
+    (tmp_path / "qa.txt").write_bytes(b"\xef\xbb\xbfwhat is in the image3 ?\nlamp\n")
+    (tmp_path / "Flickr8k.token.txt").write_bytes(b"\xef\xbb\xbf1.jpg#0\ta dog\n")
+    for name in ("names.txt", "names.json"):
+        assert read_names(str(tmp_path / name))[0] == ["cat", "dog"]
+    assert evaluation_rows(str(tmp_path / "qa.txt"), "all")[0]["question"] == "what is ?"
+    assert evaluation_rows(str(tmp_path / "Flickr8k.token.txt"), "all")[0]["image"] == "1.jpg"

@@ -89,7 +89,7 @@ def read_yaml(tokens: list[str], parser: HfArgumentParser, kind: type) -> tuple[
     if not path.exists() and (CONFIGS / path).exists():  # a recipe that comes with the package
         path = CONFIGS / path
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, or no such date
         return {}, [f"--config {path} cannot be read: {error}. Check the path and the YAML."]
     if not isinstance(content, dict):

@@ -20,7 +20,7 @@ def evaluation_rows(data: str, split: str, image_folder: str | None = None) -> d
     path = Path(data)
     try:
         if path.suffix == ".txt":
-            lines = existing(path).read_text(encoding="utf-8").splitlines()
+            lines = existing(path).read_text(encoding="utf-8-sig").splitlines()
             read = flickr8k_rows if lines and "#" in lines[0].partition("\t")[0] else daquar_rows
             return take_split(*read(path, lines), split)
         content = read_json(path) if path.suffix == ".json" and path.is_file() else None
@@ -59,7 +59,7 @@ def flickr8k_rows(path: Path, lines: list[str]) -> tuple[Rows, dict]:
     for split, official in FLICKR8K_SPLITS.items():
         listed = path.parent / f"Flickr_8k.{official}Images.txt"
         if listed.exists():
-            members = set(listed.read_text(encoding="utf-8").split())
+            members = set(listed.read_text(encoding="utf-8-sig").split())
             splits[split] = [number for number, name in enumerate(names) if name in members]
     return Rows({"image": names, "captions": list(captions.values()), "image_id": names}), splits
 

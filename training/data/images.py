@@ -120,6 +120,8 @@ def opened(value: dict | str | None, folder: Path | None) -> Iterator[Image.Imag
     except BadRow:
         raise
     except Exception as error:  # a damaged file can fail in any way
+        if isinstance(error, FileNotFoundError) and isinstance(source, Path):
+            raise BadRow(missing(source)) from error
         raise BadRow(why_unreadable(error, source)) from error
 
 
@@ -196,10 +198,21 @@ def file_of(name: str) -> FoundImage | BadRow:
     try:
         about = os.stat(name)
     except (OSError, ValueError):  # ValueError: a null character in the name
-        return BadRow("the file is missing")
+        return BadRow(missing(Path(name)))
     if not stat.S_ISREG(about.st_mode):
         return BadRow("not a regular file")
     return FoundImage(name, about.st_size, functools.partial(open, name, "rb"))
+
+
+def missing(path: Path) -> str:
+    """That a file is missing, and the zip beside it that most likely holds it."""
+    archive = zip_in(path.parent)
+    return "the file is missing" + (f", but {archive} lies there: unpack it" if archive else "")
+
+
+@functools.lru_cache(1)
+def zip_in(folder: Path) -> str | None:
+    return min((path.name for path in folder.glob("*.zip")), default=None)
 
 
 def embedded_images(images: datasets.Dataset, column: str) -> Iterator[tuple[dict, bytes | None]]:

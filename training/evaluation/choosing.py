@@ -177,14 +177,14 @@ def read_names(path: str) -> tuple[list[str], dict[str, str]]:
     """
     file, by_id = Path(path), {}
     if file.suffix == ".json":
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
         if isinstance(content, dict):
             keys = sorted(content, key=int) if all(map(is_number, content)) else list(content)
             content = {key: content[key] for key in keys}
             by_id = {key: plain_name(entry) for key, entry in content.items()}
         entries = content if isinstance(content, list) else list(content.values())
     else:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         pairs = [line.split(maxsplit=1) for line in lines]
         coded = all(len(pair) == 2 and WORDNET_ID.fullmatch(pair[0]) for pair in pairs)
         entries = [(pair[0], pair[1].split(",")[0]) for pair in pairs] if coded else lines
