@@ -59,6 +59,7 @@ class BootstrapArguments(Arguments):
     """CapFilt: synthetic captions, ranked together with those of the data set."""
 
     dataset: str | None = doc(None, "As in training. Required.")
+    dataset_config: str | None = doc(None, "Its configuration, where the data set has several.")
     split: str = doc("train", "Split to caption; slices such as 'train[:1000]' work.")
     output_dir: str | None = doc(None, "Folder of the new data set. Required.")
     captioner: str | None = doc(None, "Stage-2 folder, or a stage-1 folder, which captions by its ITG head. Required.")
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: BootstrapArguments) -> None:
     """Caption what no earlier run has captioned, and write the data set."""
     output_dir, split = Path(args.output_dir), args.split.partition("[")[0]
-    rows = load_rows(args.dataset, args.split, args.image_folder)
+    rows = load_rows(args.dataset, args.split, args.image_folder, args.dataset_config)
     images = ImageDataset(rows, args.image_column, image_start(args.dataset, args.image_folder))
     web = web_captions(rows, args.text_column)
     models = load_models(args, "cuda" if torch.cuda.is_available() else "cpu")

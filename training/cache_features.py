@@ -62,6 +62,7 @@ class CacheArguments(Arguments):
     """Feature cache of a frozen vision tower."""
 
     dataset: str | None = doc(None, "As in training. Required.")
+    dataset_config: str | None = doc(None, "Its configuration, where the data set has several.")
     output_dir: str | None = doc(None, "Folder of the cache. Required.")
     vision_model: str | None = doc(None, "As in training. Required.")
     splits: list[str] = doc(["train", "validation"], "Splits to encode.")
@@ -224,7 +225,7 @@ def plan_split(args: CacheArguments, name: str, views: int, shape: tuple[int, in
 
     Raises ValueError if the folder holds another cache of it, unless that is to be overwritten.
     """
-    rows = load_rows(args.dataset, name, args.image_folder)
+    rows = load_rows(args.dataset, name, args.image_folder, args.dataset_config)
     images = ImageDataset(rows, args.image_column, image_start(args.dataset, args.image_folder))
     whole = CacheLayout((len(images), views, *shape), args.dtype, 1)
     shard_size = args.shard_size or max(1, SHARD_BYTES // whole.num_bytes([0]))

@@ -38,6 +38,7 @@ class LanguageArguments(Arguments):
     """A small Llama on the texts of a data set."""
 
     dataset: str | None = doc(None, "As in training. Required.")
+    dataset_config: str | None = doc(None, "Its configuration, where the data set has several.")
     output_dir: str | None = doc(None, "Folder of the language model. Required.")
     train_split: str = doc("train", "Split whose texts are read.")
     eval_split: str | None = doc(None, "Split whose perplexity is printed; null for none.")
@@ -83,7 +84,11 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: LanguageArguments) -> None:
     """Train and write the model and its tokenizer."""
     set_seed(args.seed)
-    texts = read_captions(load_rows(args.dataset, args.train_split), args.text_column, clean=True)
+
+    def read(split: str) -> list[str]:
+        return read_captions(load_rows(args.dataset, split, config=args.dataset_config), args.text_column, clean=True)
+
+    texts = read(args.train_split)
     tokenizer = build_bpe(texts, args.vocab_size)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -122,9 +127,7 @@ def run(args: LanguageArguments) -> None:
         ),
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         train_dataset=encode(texts),
-        eval_dataset=encode(read_captions(load_rows(args.dataset, args.eval_split), args.text_column, clean=True))
-        if args.eval_split
-        else None,
+        eval_dataset=encode(read(args.eval_split)) if args.eval_split else None,
     )
     trainer.train()
     if not all(parameter.isfinite().all() for parameter in model.parameters()):

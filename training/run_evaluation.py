@@ -98,7 +98,7 @@ def load_data(
 ) -> tuple[EvaluationSet, list[str]]:
     """The samples, and the closed set of answers or classes where there is one."""
     with accelerator.main_process_first():  # the others then find what `datasets` has converted and cached
-        rows = evaluation_rows(args.data, args.split, args.image_folder)
+        rows = evaluation_rows(args.data, args.split, args.image_folder, args.dataset_config)
     data = EvaluationSet(
         rows,
         task=args.task,

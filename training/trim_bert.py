@@ -31,6 +31,7 @@ class TrimArguments(Arguments):
 
     bert: str | None = doc(None, "Id or folder of a BERT checkpoint with a fast tokenizer. Required.")
     dataset: str | None = doc(None, "As in training. Required.")
+    dataset_config: str | None = doc(None, "Its configuration, where the data set has several.")
     output_dir: str | None = doc(None, "Folder of the smaller BERT. Required.")
     train_split: str = doc("train", "As in training.")
     text_column: str | None = doc(None, "As in training.")
@@ -79,7 +80,8 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: list[int]) -> Pr
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(TrimArguments, sys.argv[1:] if argv is None else argv)
-    texts = read_captions(load_rows(args.dataset, args.train_split), args.text_column, args.clean_captions)
+    rows = load_rows(args.dataset, args.train_split, config=args.dataset_config)
+    texts = read_captions(rows, args.text_column, args.clean_captions)
     tokenizer = AutoTokenizer.from_pretrained(args.bert)
     model = AutoModel.from_pretrained(args.bert)
     if 2 * len(tokenizer) < model.config.vocab_size:

@@ -42,6 +42,14 @@ def make_image_folder(folder: Path, splits: dict[str, int]) -> Path:
     return folder
 
 
+def put_pictures(folder: Path, names: list[str]) -> Path:
+    """Pictures of 40 x 30 pixels, each of a colour of its own."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (60 * number, 0, 200)).save(folder / name)
+    return folder
+
+
 def make_vision_model(folder: Path, tower: str = "clip") -> Path:
     torch.manual_seed(0)
     model = AutoModel.from_config(TOWERS[tower])

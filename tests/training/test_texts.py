@@ -109,7 +109,7 @@ def test_a_text_that_is_no_utf8_leaves_with_its_row():
     assert [sample.row for sample in evaluated.samples] == [0, 3]
     assert [(report["row"], report["reason"]) for report in evaluated.skipped] == [(1, reason), (2, reason)]
     with pytest.raises(
-        ValueError, match="None of the 2 rows of d can be used, the first: 1.png: the text is not UTF-8"
+        ValueError, match="None of the 2 rows of d can be used, the first: row 0, 1.png: the text is not UTF-8"
     ):
         EvaluationSet(Rows(columns).select([1, 2]), task="vqa", name="d", **options)
 

@@ -20,7 +20,10 @@ class RunArguments(Arguments):
     dataset: list[str] = doc(
         [],
         "Hub id, folder (imagefolder with metadata.jsonl, parquet, webdataset tars), tars by a pattern, or JSON (COCO "
-        "captions, Karpathy, QUESTIONS,ANNOTATIONS of VQAv2, LAVIS and plain lists). One or more of them. Required.",
+        "captions, Karpathy, QUESTIONS,ANNOTATIONS of VQAv2, LAVIS, LLaVA and plain lists), CSV, TSV. One or more of them. Required.",
+    )
+    dataset_config: list[str] | None = doc(
+        None, "Configuration of each data set, `default` for one that has none; null where no data set has several."
     )
     dataset_weights: list[float] | None = doc(
         None, "How often each data set is visited, such as 3 1; null: as often as it is large."
@@ -150,6 +153,11 @@ class RunArguments(Arguments):
                 found.append(
                     f"--dataset is {dataset}: there is no such file or folder. Check the path, or give a hub id."
                 )
+        if self.dataset_config and len(self.dataset_config) != len(self.dataset):
+            found.append(
+                f"--dataset_config names {len(self.dataset_config)} configurations for {len(self.dataset)} data sets. Give one "
+                "each, `default` where there is none."
+            )
         if self.dataset_weights and len(self.dataset_weights) != len(self.dataset):
             found.append(
                 f"--dataset_weights has {len(self.dataset_weights)} weights for {len(self.dataset)} data sets. Give one each."

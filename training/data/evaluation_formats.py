@@ -8,17 +8,30 @@ from pathlib import Path
 
 import datasets
 
-from .formats import NAME_A_SPLIT, existing, image_start, load_rows, read_json, splits_named_in, vqa_rows, whole
+from .formats import (
+    NAME_A_SPLIT,
+    check_config,
+    existing,
+    image_start,
+    load_rows,
+    read_json,
+    splits_named_in,
+    vqa_rows,
+    whole,
+)
 from .rows import Rows, take_split
 
 FLICKR8K_SPLITS = {"train": "train", "validation": "dev", "test": "test"}  # Flickr_8k.devImages.txt
 IN_THE_IMAGE = re.compile(r"\s+(?:in|on|of|from)?\s*(?:the\s+)?image(\d+)\s*")
 
 
-def evaluation_rows(data: str, split: str, image_folder: str | None = None) -> datasets.Dataset | Rows:
+def evaluation_rows(
+    data: str, split: str, image_folder: str | None = None, config: str | None = None
+) -> datasets.Dataset | Rows:
     """Rows of one split of what --data names; raises ValueError for what cannot be read or holds nothing."""
     path = Path(data)
     try:
+        check_config(data, config)
         if path.suffix == ".txt":
             lines = existing(path).read_text(encoding="utf-8-sig").splitlines()
             read = flickr8k_rows if lines and "#" in lines[0].partition("\t")[0] else daquar_rows
@@ -36,9 +49,9 @@ def evaluation_rows(data: str, split: str, image_folder: str | None = None) -> d
             ) from error
         raise ValueError(f"--data {data}, split {split!r} cannot be read: {error}") from error
     try:
-        return load_rows(data, split, image_folder)
+        return load_rows(data, split, image_folder, config)
     except ValueError as error:
-        message = str(error).replace("--dataset", "--data").replace(NAME_A_SPLIT, "Name one of these: --split.")
+        message = str(error).replace("--dataset ", "--data ").replace(NAME_A_SPLIT, "Name one of these: --split.")
         raise ValueError(message) from error
 
 

@@ -10,28 +10,35 @@ from pathlib import Path
 import datasets
 
 from .csv_rows import ENDINGS, csv_rows
+from .folder_cache import load_folder
+from .llava_rows import llava_rows
 from .rows import Rows, take_split
+from .saved_rows import is_saved, saved_rows
 from .tars import tar_rows
 
+NO_CONFIG = (None, "default")  # what datasets calls that of a data set with only one
 NAME_A_SPLIT = "Name one of these."
 Splits = dict[str, Sequence[int]]  # the rows of each split
 SPLIT_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 FORMATS = (
-    "COCO captions ({images, annotations}), Karpathy ({images: [{sentences, split}]}), GQA's questions, or a list of rows such as "
+    "COCO captions ({images, annotations}), Karpathy ({images: [{sentences, split}]}), GQA's questions, LLaVA's conversations, or a list of rows such as "
     "[{image, caption}], [{image, question, answer}] or [{image, text_input, text_output}]"
 )
 
 
-def load_rows(dataset: str, split: str, image_folder: str | None = None) -> datasets.Dataset | Rows:
+def load_rows(
+    dataset: str, split: str, image_folder: str | None = None, config: str | None = None
+) -> datasets.Dataset | Rows:
     """Rows of one split of what `--dataset` names.
 
-    A hub id; a folder (imagefolder with metadata.jsonl, parquet, webdataset tars); tars or parquet files by a pattern such
-    as `DIR/{000..099}.tar`; a JSON, JSONL or parquet file; VQAv2's `QUESTIONS.json,ANNOTATIONS.json`. Images stay encoded:
+    A hub id or a folder (imagefolder with metadata.jsonl, parquet, webdataset tars), of which `config` is one configuration;
+    a folder of `save_to_disk`; tars or parquet files by a pattern such as `DIR/{000..099}.tar`; a JSON, JSONL, CSV, TSV or parquet file; VQAv2's `QUESTIONS.json,ANNOTATIONS.json`. Images stay encoded:
     a row's image is a path, or a dict with `path` and `bytes` or the place in a tar. Raises ValueError for what cannot be
     read or holds nothing.
     """
     path, files = Path(dataset), pattern_files(dataset)
     try:
+        check_config(dataset, config)
         if files:
             rows = many_files(files, split)
         elif is_vqa_pair(dataset):
@@ -39,7 +46,7 @@ def load_rows(dataset: str, split: str, image_folder: str | None = None) -> data
             folder = image_start(dataset, image_folder)
             rows = take_split(*whole(vqa_rows(read_json(Path(questions)), read_json(Path(annotations)), folder)), split)
         elif path.is_dir():
-            rows = folder_rows(path, split)
+            rows = folder_rows(path, split, config)
         elif path.suffix in (".json", ".jsonl"):
             rows = take_split(*json_rows(path), split)
         elif path.suffix in ENDINGS and path.exists():
@@ -52,8 +59,11 @@ def load_rows(dataset: str, split: str, image_folder: str | None = None) -> data
                 raise ValueError(f"{path.name} is a zip: unpack it, and name the folder")
             raise ValueError(f"{path.name} is no .json, .jsonl, .csv, .tsv, .parquet or .tar file")
         else:
-            rows = datasets.load_dataset(dataset, split=split)
+            rows = datasets.load_dataset(dataset, config, split=split)
     except Exception as error:  # datasets raises a dozen kinds
+        if configs := configs_named_in(error):
+            lacks = f"has no configuration {config!r}, only" if config else "has several configurations:"
+            raise ValueError(f"--dataset {dataset} {lacks} {configs}. Name one of these: --dataset_config.") from error
         if splits := splits_named_in(error):
             raise ValueError(f"--dataset {dataset} has no split {split!r}, only {splits}. {NAME_A_SPLIT}") from error
         raise ValueError(f"--dataset {dataset}, split {split!r} cannot be read: {error}") from error
@@ -66,6 +76,20 @@ def splits_named_in(error: Exception) -> str | None:
     """The splits that there are, if `error` is that of `datasets` about a split that there is not."""
     found = re.search(r"Unknown split .* Should be one of \[(.*)\]", str(error))
     return found and found[1].replace("'", "")
+
+
+def configs_named_in(error: Exception) -> str | None:
+    """The configurations that there are, if `error` is that of `datasets` about one that is missing or unknown."""
+    found = re.search(r"(?:Config name is missing|BuilderConfig .* not found).*?\[(.*?)\]", str(error), re.DOTALL)
+    return found and found[1].replace("'", "")
+
+
+def check_config(dataset: str, config: str | None) -> None:
+    """Raise ValueError for a configuration of what has none: files, and folders of save_to_disk."""
+    path = Path(dataset)
+    alone = path.is_file() or is_saved(path) or is_vqa_pair(dataset) or bool(pattern_files(dataset))
+    if alone and config not in NO_CONFIG:
+        raise ValueError(f"--dataset_config is {config!r}, but only hub data sets and folders have any. Pass default")
 
 
 def image_start(dataset: str, image_folder: str | None) -> Path | None:
@@ -125,20 +149,22 @@ def many_files(files: list[str | Path], split: str) -> datasets.Dataset | Rows:
     raise ValueError(f"the files end in {', '.join(sorted(kinds))}, but must all be .tar or all .parquet")
 
 
-def folder_rows(folder: Path, split: str) -> datasets.Dataset | Rows:
-    """An imagefolder, a folder of parquet files, or one of tars."""
+def folder_rows(folder: Path, split: str, config: str | None = None) -> datasets.Dataset | Rows:
+    """An imagefolder, a folder of parquet files, one of tars, or one that save_to_disk wrote."""
     if not any(item.is_file() for item in folder.rglob("*")):
         raise ValueError(f"{folder} is an empty folder. It needs images with a metadata.jsonl, parquet files or tars.")
-    if any((folder / name).exists() for name in ("dataset_dict.json", "state.json")):
+    if is_saved(folder):
         return saved_rows(folder, split)
     name = re.match(r"\w+", split)
-    tars = split_tars(folder, name[0]) if name else []
+    tars = split_tars(folder, name[0]) if name and config in NO_CONFIG else []
     if tars:
         rows = tar_rows(tars)
         return take_split(rows, {name[0]: range(len(rows))}, split)
     try:
-        return datasets.load_dataset(str(folder), split=split)
-    except Exception:  # datasets wants one type in a column of metadata.jsonl
+        return load_folder(folder, config, split)
+    except Exception as error:  # datasets wants one type in a column of metadata.jsonl
+        if config not in NO_CONFIG or configs_named_in(error):
+            raise
         inside = [folder / name[0] / "metadata.jsonl", folder / "metadata.jsonl"] if name else []
         listed = next((path for path in inside if path.exists()), None)
         if listed is None or (listed.parent == folder and name[0] != "train"):
@@ -147,16 +173,6 @@ def folder_rows(folder: Path, split: str) -> datasets.Dataset | Rows:
         for row in rows:
             row["image"] = str(listed.parent / row["image"]) if row["image"] else None
         return take_split(Rows.from_dicts(rows), {name[0]: range(len(rows))}, split)
-
-
-def saved_rows(folder: Path, split: str) -> datasets.Dataset:
-    """A folder of `save_to_disk`, of a data set with its splits or of one split, called train or all."""
-    saved = datasets.load_from_disk(str(folder))
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved, "all": saved}
-    sizes = {name: len(rows) for name, rows in splits.items()}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute(sizes)
-    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    return datasets.concatenate_datasets(chosen)
 
 
 def split_tars(folder: Path, split: str) -> list[str]:
@@ -204,6 +220,8 @@ def json_rows(path: Path) -> tuple[Rows, Splits]:
     if isinstance(content, list):
         if not all(isinstance(row, dict) for row in content):
             raise ValueError(f"its rows must be objects: {FORMATS}")
+        if any("conversations" in row for row in content):
+            return whole(llava_rows(content, path.name))
         return whole(Rows.from_dicts(content))
     images, annotations = content.get("images"), content.get("annotations")
     if images and "sentences" in images[0]:

@@ -41,6 +41,8 @@ def keep_encoded(rows: datasets.Dataset | Rows, image_column: str) -> datasets.D
         return rows
     kind = rows.features[image_column]
     untyped = isinstance(kind, dict) and kind.keys() == {"bytes", "path"}  # parquet that pandas or others wrote
+    if isinstance(kind, (datasets.List, datasets.LargeList)) and isinstance(kind.feature, datasets.Image):
+        return rows.cast_column(image_column, type(kind)(datasets.Image(decode=False)))
     return (
         rows.cast_column(image_column, datasets.Image(decode=False))
         if untyped or isinstance(kind, datasets.Image)
@@ -88,7 +90,7 @@ def plain_value(value: object) -> dict | str | None:
         plain_value(value.get("path"))  # refuses an address, and what lies in an archive
     if not isinstance(value, str):
         return value
-    if re.match(r"(https?|ftp|s3|gs|hf)://", value):
+    if re.match(r"(https?|ftp|s3|gs|hf)://", value, re.IGNORECASE):
         raise BadRow("it is an address, and addresses are not fetched: download the images, and name their files")
     if "::" in value and "://" in value:  # as datasets names what lies in a zip
         raise BadRow("it lies inside an archive: unpack that, and name the folder")

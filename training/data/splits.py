@@ -23,9 +23,10 @@ def load_dataset_split(
 ) -> CaptionDataset | JointDataset:
     """One split of each data set, as one; the main process reads first, so that others find datasets' cache."""
     parts, known_images = [], ImageNumbers()
-    for number, dataset in enumerate(args.dataset):
+    configs = args.dataset_config or [None] * len(args.dataset)
+    for number, (dataset, config) in enumerate(zip(args.dataset, configs, strict=True)):
         with accelerator.main_process_first():
-            rows = load_rows(dataset, split, args.image_folder)
+            rows = load_rows(dataset, split, args.image_folder, config)
         part = CaptionDataset(
             rows,
             image_column=args.image_column,
@@ -35,7 +36,7 @@ def load_dataset_split(
             clean_captions=args.clean_captions,
             folder=image_start(dataset, args.image_folder),
             sampling=Sampling(f"{args.seed}/{number}" if number else args.seed, crop_size, draw_text),
-            source=(dataset, split),
+            source=(f"{dataset}, {config}" if config else dataset, split),
             known_images=known_images,
         )
         parts.append(part)

@@ -44,6 +44,7 @@ class EvaluationArguments(Arguments):
         "As --dataset in training, and official files: NoCaps, VQAv2, OK-VQA (QUESTIONS,ANNOTATIONS or questions alone), "
         "GQA, DAQUAR's qa.*.txt, Flickr8k.token.txt. Required.",
     )
+    dataset_config: str | None = doc(None, "Configuration of the data, where it has several.")
     split: str = doc("test", "Split; slices such as 'test[:100]' work; `all` of a file that has none.")
     output_dir: str | None = doc(None, "Folder of metrics.json, predictions.json, results and report. Required.")
     benchmark: str | None = doc(

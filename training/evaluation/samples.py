@@ -70,7 +70,7 @@ class EvaluationSet(ImageDataset):
         if len(self.skipped) == len(found):
             first = self.skipped[0]
             raise ValueError(
-                f"No image of the {len(found)} rows of {name} is there, the first: {first['name']}: {first['reason']}. Relative "
+                f"No image of the {len(found)} rows of {name} is there, the first: row {first['row']}, {first['name']}: {first['reason']}. Relative "
                 f"paths start at {folder or 'the working directory'}; --image_folder changes it."
             )
         self.faults = {report["row"] for report in self.skipped}
@@ -83,7 +83,7 @@ class EvaluationSet(ImageDataset):
         if self.skipped and not self.samples:
             first = self.skipped[0]
             raise ValueError(
-                f"None of the {len(found)} rows of {name} can be used, the first: {first['name']}: {first['reason']}."
+                f"None of the {len(found)} rows of {name} can be used, the first: row {first['row']}, {first['name']}: {first['reason']}."
             )
 
     def read(

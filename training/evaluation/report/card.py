@@ -137,6 +137,7 @@ def eval_results(args: EvaluationArguments, summary: dict) -> list[EvalResult]:
             task_type=PIPELINES[args.task],
             dataset_type=Path(args.data.split(",")[0]).name,
             dataset_name=args.benchmark or Path(args.data.split(",")[0]).name,
+            dataset_config=args.dataset_config,
             dataset_split=args.split,
             metric_type=name,
             metric_name=f"{name}, {args.score_mode}" if args.task == "retrieval" else None,
