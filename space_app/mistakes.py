@@ -2,6 +2,12 @@
 
 import gradio as gr
 
+UNREADABLE = (
+    'The request cannot be read. A picture must be a file that is sent, handle_file("photo.jpg") of gradio_client, and '
+    "pictures a list of them; paths and addresses of the server's side are not opened. client.view_api() lists what each "
+    "endpoint takes."
+)
+
 
 class Mistake(gr.Error):
     """A sentence for the visitor: what is wrong, the value, and the fix."""

@@ -12,8 +12,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 from gradio.data_classes import FileData, GradioModel, GradioRootModel
-from gradio_internals import UNREADABLE
-from mistakes import Mistake
+from mistakes import UNREADABLE, Mistake
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import model_validator
 
@@ -110,14 +109,23 @@ def open_image(sent: dict | None) -> Image.Image:
     """
     if sent is None:
         raise Mistake("There is no picture. Upload one, paste one, or choose an example.")
+    return open_upload(check_upload(sent))
+
+
+def check_upload(sent: object) -> Path:
+    """Where the file lies, links followed, that a client names: {"path": file that was uploaded, ...}.
+
+    Raises:
+        Mistake: anything but a regular file in the folder of uploads. Of what lies elsewhere it says nothing.
+    """
     path, url = (sent.get(name) if isinstance(sent, dict) else None for name in ("path", "url"))
     if str(url).startswith("data:"):
         raise Mistake("Send the picture as a file, not as a data address.")
     if not was_uploaded(path):
         raise Mistake(UNREADABLE)
-    if not os.path.isfile(path):
+    if not os.path.isfile(path):  # gone, or a folder or pipe, which would be waited for
         raise Mistake("This picture is no longer here: uploads are kept for a time only. Send it again.")
-    return open_upload(path)
+    return Path(path).resolve()
 
 
 def open_images(sent: list | None) -> list[Image.Image]:

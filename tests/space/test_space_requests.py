@@ -1,6 +1,7 @@
 """How the Space takes a request: what it refuses, how it works and stops, and what the page shows, without a server."""
 
 import io
+import os
 import threading
 
 import about
@@ -15,9 +16,9 @@ import search_tab
 import torch
 import uploads
 import work
-from gradio_internals import refuse_what_would_be_opened
 from mistakes import Mistake
 from PIL import Image, ImageFile
+from sent import checked
 from settings import RANGES, Settings, check_text, check_texts, check_whole
 
 from blip2x_training.toy.examples import draw_examples
@@ -165,17 +166,118 @@ def test_a_gallery_holds_files_in_any_form_and_no_videos(tmp_path, monkeypatch):
         first_pixels([{"picture": files[0]}])
 
 
-def test_addresses_are_refused_at_any_depth():
-    local = {"path": "/tmp/a.png", "meta": {"_type": "gradio.FileData"}}
-    refuse_what_would_be_opened([local, [{"image": local}], "see http://127.0.0.1 for more"])
+@pytest.fixture
+def uploaded(tmp_path, monkeypatch):
+    """A picture in the folder of uploads, as a client names it; the folder holds a pipe and ways out, too."""
+    cache = tmp_path / "uploads"
+    cache.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(cache))
+    os.mkfifo(cache / "pipe.png")
+    (cache / "link.png").symlink_to(saved(tmp_path, "theirs.png", image("blue")))
+    (cache / "folder_link").symlink_to(tmp_path)
+    return {"path": str(saved(cache, "ours.png", image("red")))}
+
+
+def test_addresses_are_refused_at_any_depth(uploaded):
+    picture = gr.Image(render=False)
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    plain = [uploaded | meta, [{"image": uploaded}], "see http://127.0.0.1 for more"]
+    assert checked([picture] * 3, plain) == plain
     for address in ("http://127.0.0.1/a.png", "HTTPS://example.com/a.png", "file:///etc/passwd"):
-        for sent in (
-            [{"path": address}],
-            [[{"image": {"path": address}, "caption": None}]],
-            [{"a": [{"path": address}]}],
-        ):
+        for given in ({"path": address}, [{"image": {"path": address}, "caption": None}], {"a": [{"path": address}]}):
             with pytest.raises(Mistake, match="Addresses are not fetched"):
-                refuse_what_would_be_opened(sent)
+                checked([picture], [given])
+
+
+FORGED = [
+    {},
+    {"meta": {"_type": "gradio.FileData"}},
+    {"meta": None},
+    {"is_stream": True},
+    {"url": "/gradio_api/file=x"},
+]
+
+
+@pytest.mark.parametrize("more", FORGED)
+def test_a_file_is_taken_where_a_picture_belongs_and_only_from_the_folder_of_uploads(uploaded, tmp_path, more):
+    cache = tmp_path / "uploads"
+    missing, there = tmp_path / "missing.png", tmp_path / "theirs.png"
+    outside = [missing, there, cache / "link.png", cache / ".." / "theirs.png", cache / "folder_link" / "theirs.png"]
+    told = set()
+    for path in (*map(str, outside), "/dev/zero", "/etc/passwd", "~/a.png", "", 7, ["a"], {"path": "a"}):
+        for wrap in (
+            lambda file: file,
+            lambda file: [file],
+            lambda file: [{"image": file}],
+            lambda file: [{"video": file}],
+        ):
+            for component in (gr.Image, gr.Gallery, gr.JSON, gr.Textbox, gr.Number, gr.Dataset, gr.Radio):
+                with pytest.raises(Mistake) as refused:
+                    checked([component(render=False)], [wrap({"path": path, **more})])
+                told.add(str(refused.value))
+    assert len(told) == 1, "what is said depends on what lies there"
+    for name in ("pipe.png", "", "gone.png"):
+        with pytest.raises(Mistake, match="no longer here"):
+            checked([gr.Image(render=False)], [{"path": str(cache / name), **more}])
+    for component in (gr.JSON, gr.Textbox, gr.Chatbot):
+        with pytest.raises(Mistake):
+            checked([component(render=False)], [[uploaded | more]])
+    assert checked([gr.Image(render=False)], [uploaded | more]) == [uploaded | more]
+
+
+def test_a_chat_is_texts(uploaded):
+    chat = gr.Chatbot(render=False)
+
+    def texts(*contents, role="user"):
+        return checked([chat], [[{"role": role, "content": content, "metadata": None} for content in contents]])[0]
+
+    text = {"type": "text", "text": "what ?"}
+    assert texts("a", [text], [text, "b"], []) == [
+        {"role": "user", "content": content} for content in ("a", "what ?", "what ? b", "")
+    ]
+    component = {"type": "component", "component": "image", "value": {"path": "/etc/passwd"}, "props": {}}
+    file = {"type": "file", "file": uploaded}
+    wrong = [
+        component,
+        [component],
+        [text, component],
+        [component | {"text": "what ?"}],
+        [file],
+        uploaded,
+        [[text]],
+        7,
+        None,
+    ]
+    for content in (*wrong, {"type": "text", "text": {"path": "a"}}, component | {"component": "html", "value": "<b>"}):
+        with pytest.raises(Mistake):
+            texts(content)
+    for messages in (None, 7, "a", {"role": "user"}, [7], [None], [{"content": "a"}], [["a", "b"]]):
+        with pytest.raises(Mistake):
+            checked([chat], [messages])
+    with pytest.raises(Mistake, match="of a user and of an assistant"):
+        texts("a", role="system")
+
+
+def test_texts_and_numbers_that_no_page_sends_are_refused_in_a_sentence():
+    boxes = [gr.Textbox(render=False), gr.JSON(render=False), gr.Chatbot(render=False)]
+    for wrong, sentence in (
+        ("\ud800", "half a character"),
+        ("a" * 30_000, "30000 characters; at most 25050"),
+        (10**400, "too many digits"),
+        (-(10**400), "too many digits"),
+        (float("inf"), "too many digits"),
+    ):
+        for box in boxes:
+            for given in (wrong, [["what ?", wrong]], [{"role": "user", "content": wrong}], {"a": {"b": [wrong]}}):
+                with pytest.raises(Mistake, match=sentence):
+                    checked([box], [given])
+    with pytest.raises(Mistake, match="half a character"):
+        checked(boxes[:1], [{"\ud800": 1}])
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(Mistake, match="cannot be read"):
+        checked(boxes[:1], [deep])
 
 
 # Work

@@ -387,6 +387,48 @@ def test_no_picture_of_the_server_comes_back(served, folders, tmp_path):
     assert tried >= 2  # the chart of Match and the ranking of Search
 
 
+def event_stream(address: str, number: int, data: list, visitor: str) -> str:
+    """What any event of the page, private ones too, tells a client that calls it by its number."""
+    sent = {"data": data, "fn_index": number, "session_hash": visitor}
+    reply = httpx.post(f"{address}/gradio_api/queue/join", json=sent, timeout=WAIT)
+    if reply.status_code != 200:
+        return reply.text
+    told = []
+    with httpx.stream("GET", f"{address}/gradio_api/queue/data?session_hash={visitor}", timeout=WAIT) as stream:
+        for line in stream.iter_lines():
+            told.append(line)
+            if "process_completed" in line or "close_stream" in line:
+                break
+    return "\n".join(told)
+
+
+def test_no_component_of_a_chat_is_built(served, tmp_path):
+    """A message may name a component and its value: asked, undone, tried again or answered, nothing of it is opened."""
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "theirs.png")
+    component = {
+        "type": "component",
+        "component": "image",
+        "value": {"path": str(tmp_path / "theirs.png")},
+        "props": {},
+    }
+    picture = {"type": "file", "file": {"path": str(tmp_path / "theirs.png")}}
+    config = httpx.get(f"{served[0]}/config", timeout=WAIT).json()
+    kinds = {one["id"]: one["type"] for one in config["components"]}
+    tried = 0
+    for number, event in enumerate(config["dependencies"]):
+        if "chatbot" not in [kinds[one] for one in event["inputs"]]:
+            continue
+        for content in ([component], [{"type": "text", "text": "a"}, component], [component | {"value": 7}], [picture]):
+            given = {"chatbot": [{"role": "user", "content": content}], "textbox": "what ?"}
+            data = [given.get(kinds[one], 1 if kinds[one] == "number" else None) for one in event["inputs"]]
+            tried += 1
+            told = event_stream(served[0], event.get("id", number), data, f"stranger{tried}")
+            assert "messages of a chat are texts" in told or "are not opened" in told
+            assert "theirs.png" not in told
+    assert tried >= 5 * 4  # ask, ask again, reply, reply again, undo and retry
+    assert "Traceback" not in served[2].read_text()
+
+
 def test_itg_attentions_sum_to_one():
     model = stage1().eval()
     out = model.generate(
