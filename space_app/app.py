@@ -14,8 +14,11 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 
 SWEEP, KEPT = 600, 3600  # seconds: how often the cache is swept, and how old its files get
+LEAVING = 4  # seconds that answers have to end when the process is told to; containers are killed after 10
 QUEUE = 64  # requests in the queue; one more is refused and asked to try again
 PROMPT = "a picture of"
 MOST_TURNS = 50
@@ -23,7 +26,7 @@ MOST_TURNS = 50
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
-    own_cache()
+    cache = own_cache()
     from models import find_checkpoints, load_models
 
     checkpoints = find_checkpoints(arguments.model)
@@ -33,7 +36,8 @@ def main(argv: list[str] | None = None) -> None:
             f"Loaded {part.source} on {part.model.device}, {str(part.model.dtype).removeprefix('torch.')}.", flush=True
         )
     prompt, turns = defaults(models, arguments)
-    launch(build(models, prompt, turns), arguments.host, arguments.port, arguments.share)
+    launch(build(models, prompt, turns), arguments.host, arguments.port, arguments.share, wait=False)
+    serve_until_told(cache)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -75,14 +79,36 @@ def number_of_turns(text: str) -> int:
     return int(text)
 
 
-def own_cache() -> None:
-    """Uploads of this run lie in a folder of their own, which goes when the run ends."""
+def own_cache() -> str | None:
+    """Uploads of this run lie in a folder of their own, which goes when the run ends; None where one is given."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    if "GRADIO_TEMP_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="blip2x_space_")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as a container is stopped
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as a container is stopped
+    if "GRADIO_TEMP_DIR" in os.environ:
+        return None
+    folder = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="blip2x_space_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def serve_until_told(cache: str | None) -> None:
+    """Waits for SIGTERM or Ctrl-C; then every answer that is being written ends with the sentence that the Space restarts."""
+    from door import inside
+    from work import close, is_at_rest
+
+    told = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        told.wait()
+    except KeyboardInterrupt:
+        pass
+    close()
+    end = time.monotonic() + LEAVING
+    while (inside or not is_at_rest()) and time.monotonic() < end:
+        time.sleep(0.05)
+    if not is_at_rest():  # a computation that does not look up, such as a large tower's: exit would wait for it
+        if cache is not None:
+            shutil.rmtree(cache, ignore_errors=True)
+        os._exit(0)
 
 
 def defaults(models, arguments: argparse.Namespace) -> tuple[str, int]:
@@ -140,6 +166,8 @@ def build(models, prompt: str = PROMPT, turns: int = 10):
 def launch(page, host: str | None = None, port: int | None = None, share: bool = False, wait: bool = True) -> str:
     """Serves the page; returns its address, at once if not `wait`."""
     from controls import FOLDER
+    from door import Door
+    from starlette.middleware import Middleware
     from theme import CSS, theme
     from uploads import MAX_MEGABYTES, MEGABYTE
 
@@ -149,6 +177,7 @@ def launch(page, host: str | None = None, port: int | None = None, share: bool =
         "css_paths": [CSS],
         "max_file_size": int(MAX_MEGABYTES * MEGABYTE),
         "allowed_paths": [str(FOLDER)],  # the page may show them from any working directory
+        "app_kwargs": {"middleware": [Middleware(Door)]},
         "ssr_mode": False,
         "pwa": False,
         "footer_links": ["api", "settings"],

@@ -17,8 +17,9 @@ QUESTIONS = [
 # Inputs reach the functions as they were sent, and these check them in words: Gradio's own checks say "null" to a client
 # of the API, or round in silence.
 AS_SENT = {"preprocess": False}
-# One model, one request at a time: all that use it wait in one line.
-MODEL_EVENT = {"concurrency_id": "models", "concurrency_limit": 1, **AS_SENT}
+# All that use the models wait in one line. Pictures of the next ones are decoded while the models' thread, which takes one
+# request at a time (see work.py), is busy with the first.
+MODEL_EVENT = {"concurrency_id": "models", "concurrency_limit": 4, **AS_SENT}
 
 
 def settings_panel(longest: int = 30, beams: int = 5, captions: bool = False) -> list[gr.components.Component]:

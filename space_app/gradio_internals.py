@@ -3,6 +3,7 @@
 import gradio as gr
 from mistakes import UNREADABLE, Mistake
 from sent import checked
+from work import CLOSING, RESTARTS
 
 
 class Page(gr.Blocks):
@@ -16,6 +17,8 @@ class Page(gr.Blocks):
 
     async def preprocess_data(self, block_fn, inputs, *arguments, **keywords):
         try:
+            if CLOSING.is_set():
+                raise Mistake(RESTARTS)
             inputs = checked(block_fn.inputs, inputs)
             return await super().preprocess_data(block_fn, inputs, *arguments, **keywords)
         except gr.Error as error:

@@ -1,12 +1,15 @@
 """Uploads become pictures here, or a sentence that says why not.
 
-Only files that were uploaded are opened, and only here: where they lie, size on disk, format and dimensions are checked
-before a pixel is decoded.
+Only files that were uploaded are opened, and only here: where they lie, size on disk, format and dimensions, of all pictures
+of a request, are checked before a pixel is decoded.
 """
 
 import os
 import tempfile
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gradio as gr
@@ -21,7 +24,11 @@ FORMATS = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF") if nam
 MEGABYTE = 2**20  # as Gradio counts, whose page says "20.0 MB"
 MAX_MEGABYTES = float(os.environ.get("BLIP2X_MAX_MEGABYTES", "20"))
 MAX_MEGAPIXELS = float(os.environ.get("BLIP2X_MAX_MEGAPIXELS", "40"))
+MAX_REQUEST_MEGAPIXELS = 5 * MAX_MEGAPIXELS  # of all pictures of a request
+MAX_KEPT = float(os.environ.get("BLIP2X_MAX_KEPT_MEGABYTES", "2000")) * MEGABYTE  # uploads and results together
+FULL = "The Space has no room for more pictures now. Send this again in an hour, when it has let the oldest go."
 MAX_IMAGES = 64  # in a gallery
+DECODING = threading.BoundedSemaphore(2)  # pictures at once: the largest take half a gigabyte while they are decoded
 LARGEST_SIDE = 1024  # pixels kept: towers see 224 to 490, and pages show no more
 
 
@@ -31,6 +38,22 @@ def open_upload(path: str | Path) -> Image.Image:
     Raises:
         Mistake: too large on disk or in pixels, cut off, or not a picture.
     """
+    with DECODING, _reading(path) as image:
+        image.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))  # JPEG decodes at a fraction of its size
+        picture = in_colours(upright(image))
+        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
+        return on_white(picture)
+
+
+def megapixels(path: str | Path) -> float:
+    """Of the picture in a file, as its header says. Raises Mistake as `open_upload` does."""
+    with _reading(path) as image:
+        return image.width * image.height / 1e6
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[Image.Image]:
+    """The picture in a file, its header read and found to be small enough; what goes wrong with it is a Mistake."""
     megabytes = os.path.getsize(path) / MEGABYTE
     if megabytes > MAX_MEGABYTES:
         raise Mistake(f"This file has {megabytes:.1f} MB; at most {MAX_MEGABYTES:g} MB are taken. Send a smaller one.")
@@ -40,10 +63,7 @@ def open_upload(path: str | Path) -> Image.Image:
             opened = Image.open(path, formats=FORMATS)
         with opened as image:
             _check_size(image)
-            image.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))  # JPEG decodes at a fraction of its size
-            picture = in_colours(upright(image))
-        picture.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BICUBIC)
-        return on_white(picture)
+            yield image
     except Mistake:  # a ValueError
         raise
     except UnidentifiedImageError as error:
@@ -109,7 +129,14 @@ def open_image(sent: dict | None) -> Image.Image:
     """
     if sent is None:
         raise Mistake("There is no picture. Upload one, paste one, or choose an example.")
+    _check_room()
     return open_upload(check_upload(sent))
+
+
+def _check_room() -> None:
+    """What is made of a picture is kept as well."""
+    if bytes_kept() > MAX_KEPT:
+        raise Mistake(FULL)
 
 
 def check_upload(sent: object) -> Path:
@@ -135,17 +162,41 @@ def open_images(sent: list | None) -> list[Image.Image]:
         raise Mistake(f"These are {len(entries)} pictures; at most {MAX_IMAGES} are taken at once.")
     if any(entry["video"] for entry in entries):
         raise Mistake("Videos are not taken. Send pictures.")
-    return [open_image(entry["image"]) for entry in entries]
+    _check_room()
+    paths = [check_upload(entry["image"]) for entry in entries]
+    total = sum(map(megapixels, paths))
+    if total > MAX_REQUEST_MEGAPIXELS:
+        raise Mistake(
+            f"These pictures have {total:.0f} megapixels together; at most {MAX_REQUEST_MEGAPIXELS:g} are taken at once. Send "
+            "fewer, or smaller ones."
+        )
+    return [open_upload(path) for path in paths]
 
 
 def was_uploaded(path: object) -> bool:
-    """Whether a path leads, links followed, to where Gradio puts uploads, as its documentation of GRADIO_TEMP_DIR says."""
-    named = os.environ.get("GRADIO_TEMP_DIR")
-    uploads = Path(named) if named else Path(tempfile.gettempdir()) / "gradio"
+    """Whether a path leads, links followed, to the folder of uploads."""
     try:
-        return isinstance(path, str) and Path(path).resolve().is_relative_to(uploads.resolve())
+        return isinstance(path, str) and Path(path).resolve().is_relative_to(upload_folder().resolve())
     except (OSError, ValueError):  # no path at all, as one with a zero byte
         return False
+
+
+def upload_folder() -> Path:
+    """Where Gradio puts uploads and results, as its documentation of GRADIO_TEMP_DIR says."""
+    named = os.environ.get("GRADIO_TEMP_DIR")
+    return Path(named) if named else Path(tempfile.gettempdir()) / "gradio"
+
+
+def bytes_kept() -> int:
+    """Size of the folder of uploads; a file counts for 64 KB at least, since small ones take room and time as well."""
+    total = 0
+    for folder, _, names in os.walk(upload_folder()):
+        for name in names:
+            try:
+                total += max(os.lstat(os.path.join(folder, name)).st_size, 2**16)
+            except OSError:  # swept in the meantime
+                continue
+    return total
 
 
 class Entry(GradioModel):

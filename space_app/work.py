@@ -21,6 +21,9 @@ LOOK_UP = 0.2  # seconds
 Result = TypeVar("Result")
 # One thread: models, seeds and memory are for one request at a time, and its pool of threads is made once.
 MODEL_THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix="models")
+RUNNING: set["Running"] = set()
+CLOSING = threading.Event()  # set once, when the process is told to end
+RESTARTS = "The Space restarts. Send this again in a minute."
 logger = logging.getLogger("space_app")
 OUT_OF_MEMORY = "The machine ran out of memory. Try fewer beams, captions or pictures, or a shorter text."
 
@@ -61,18 +64,44 @@ class Running:
             self.done.set()
 
     def __enter__(self) -> "Running":
-        MODEL_THREAD.submit(self._run)
+        RUNNING.add(self)
+        self._turn = MODEL_THREAD.submit(self._run)
+        if CLOSING.is_set():  # after `close` looked
+            self.stop.set()
         return self
 
     def __exit__(self, *_) -> None:
         self.stop.set()
-        self.done.wait()
+        if CLOSING.is_set():
+            return
+        if not self._turn.cancel():
+            self.done.wait()
+        RUNNING.discard(self)
+
+    def wait_a_moment(self) -> bool:
+        """Whether the work is done now. Raises Mistake where the Space ends."""
+        done = self.done.wait(LOOK_UP)
+        if CLOSING.is_set():
+            raise Mistake(RESTARTS)
+        return done
+
+
+def close() -> None:
+    """Tells all work to stop, and its visitors, and those who come, that the Space restarts."""
+    CLOSING.set()
+    for running in list(RUNNING):
+        running.stop.set()
+
+
+def is_at_rest() -> bool:
+    """Whether the models' thread has nothing to do."""
+    return all(running.done.is_set() for running in list(RUNNING))
 
 
 def cancellable(work: Callable[[threading.Event], Result], waiting: object) -> Iterator[object]:
     """Yields `waiting` while the work goes on, then its result."""
     with Running(work) as running:
-        while not running.done.wait(LOOK_UP):
+        while not running.wait_a_moment():
             yield waiting
     if running.error is not None:
         raise running.error
@@ -92,7 +121,11 @@ def streamed(generate: Callable[[TextIteratorStreamer, threading.Event], None], 
                 pass
             except StopIteration:
                 break
+            if CLOSING.is_set():
+                break
             yield text
+    if CLOSING.is_set():  # what there is of the text is cut off
+        raise Mistake(RESTARTS)
     if running.error is not None:
         raise running.error
 
