@@ -112,14 +112,26 @@ def serve_until_told(cache: str | None) -> None:
 
 
 def defaults(models, arguments: argparse.Namespace) -> tuple[str, int]:
-    """Prompt and number of turns: as told, else as the model card's header says under `demo`, else the usual ones."""
+    """Prompt and number of turns: as told, else as the model card's header says under `demo`, else the usual ones.
+
+    Raises:
+        ValueError: a header whose `demo` says something else than a text and a whole number.
+    """
     from about import card_of
+    from settings import MAX_TEXT, is_unicode
 
     card = card_of(models.captioner)
     stated = (card.data.to_dict().get("demo") if card else None) or {}
-    prompt = arguments.prompt if arguments.prompt is not None else str(stated.get("prompt", PROMPT))
-    turns = arguments.turns if arguments.turns is not None else int(stated.get("turns", 10))
-    return prompt, min(max(turns, 0), MOST_TURNS)
+    wrong = f"The model card of {models.captioner.name} has in its header demo"
+    if not isinstance(stated, dict):
+        raise ValueError(f"{wrong}: {stated!r:.60}. Write demo: {{prompt: a photo of, turns: 0}}, or leave it out.")
+    prompt, turns = stated.get("prompt", PROMPT), stated.get("turns", 10)
+    if not isinstance(prompt, str) or len(prompt) > MAX_TEXT or not is_unicode(prompt):
+        raise ValueError(f"{wrong}.prompt: {prompt!r:.60}. Write a text of at most {MAX_TEXT} characters.")
+    if not isinstance(turns, int) or isinstance(turns, bool) or turns not in range(MOST_TURNS + 1):
+        raise ValueError(f"{wrong}.turns: {turns!r:.60}. Write a whole number from 0 to {MOST_TURNS}.")
+    prompt = arguments.prompt if arguments.prompt is not None else prompt
+    return prompt, arguments.turns if arguments.turns is not None else turns
 
 
 def build(models, prompt: str = PROMPT, turns: int = 10):

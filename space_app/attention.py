@@ -13,7 +13,7 @@ from answers import prompt_inputs, room_left, room_of
 from mistakes import Mistake
 from models import Part
 from PIL import Image
-from settings import Settings
+from settings import Settings, shown
 from work import StopWhenTold
 
 AVERAGE = "average"
@@ -30,7 +30,7 @@ def choice(value: str | int | None, allowed: list[int], what: str) -> int | None
     if value in (None, "", AVERAGE):
         return None
     if str(value) not in map(str, allowed):  # "3" or 3; neither 3.5 nor True
-        raise Mistake(f"{what} is {value!r}; choose average or one of {', '.join(map(str, allowed))}.")
+        raise Mistake(f"{what} is {shown(value)}; choose average or one of {', '.join(map(str, allowed))}.")
     return int(value)
 
 

@@ -7,7 +7,7 @@ small numbers, and files of the upload folder where a picture belongs.
 
 import gradio as gr
 from mistakes import UNREADABLE, Mistake
-from settings import MAX_TEXT, MAX_TEXTS
+from settings import MAX_TEXT, MAX_TEXTS, is_unicode
 from uploads import check_upload
 
 LONGEST = (MAX_TEXT + 1) * MAX_TEXTS  # characters of one text: the box that takes one on each line
@@ -51,10 +51,8 @@ def _check(value: object, pictures: bool, depth: int = 0) -> None:
 def _check_text(text: str) -> None:
     if len(text) > LONGEST:
         raise Mistake(f"A text of the request has {len(text)} characters; at most {LONGEST} are taken. Shorten it.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Mistake("A text of the request has half a character (a lone surrogate). Write it anew.") from error
+    if not is_unicode(text):
+        raise Mistake("A text of the request has half a character (a lone surrogate). Write it anew.")
 
 
 def _check_file(value: dict, pictures: bool) -> None:

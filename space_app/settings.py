@@ -7,6 +7,7 @@ from mistakes import Mistake
 MAX_TEXT = 500  # characters of a prompt, question or text
 MAX_TEXTS = 50  # lines
 MAX_TURNS = 50  # of a history
+LONGEST_SHOWN = 40  # characters of a value in a sentence that refuses it
 MODES = ("beam", "nucleus")
 
 
@@ -53,16 +54,18 @@ class Settings:
 
     def __post_init__(self):
         if self.decoding not in MODES:
-            raise Mistake(f"Decoding is {self.decoding!r}; choose beam or nucleus.")
+            raise Mistake(f"Decoding is {shown(self.decoding)}; choose beam or nucleus.")
         for name, limits in {**RANGES, "captions": CAPTIONS}.items():
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise Mistake(f"{limits.label} must be a number, not {value!r}.")
+                raise Mistake(f"{limits.label} must be a number, not {shown(value)}.")
             if not limits.low <= value <= limits.high:
-                raise Mistake(f"{limits.label} is {value:g}; it must lie between {limits.low:g} and {limits.high:g}.")
+                raise Mistake(
+                    f"{limits.label} is {shown(value)}; it must lie between {limits.low:g} and {limits.high:g}."
+                )
             if isinstance(limits.step, int):
                 if value != int(value):
-                    raise Mistake(f"{limits.label} is {value:g}; it must be a whole number.")
+                    raise Mistake(f"{limits.label} is {shown(value)}; it must be a whole number.")
                 object.__setattr__(self, name, int(value))
         if self.min_length > self.max_length:
             raise Mistake(f"Shortest ({self.min_length}) is above longest ({self.max_length}).")
@@ -89,11 +92,21 @@ class Settings:
         return arguments | ({"length_penalty": float(self.length_penalty)} if beams > 1 else {})
 
 
+def shown(value: object) -> str:
+    """A value of a visitor's as a sentence may show it: in a few characters."""
+    if isinstance(value, int) and abs(value) >= 10**LONGEST_SHOWN:
+        return "a number of very many digits"
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+
+
 def check_text(text: str | None, what: str, required: bool = True) -> str:
     """The text without outer spaces. Raises Mistake where it is missing, too long or not a text."""
     if text is not None and not isinstance(text, str):
         raise Mistake(f"{what} must be a text, not {type(text).__name__}.")
     text = " ".join((text or "").split())
+    if not is_unicode(text):
+        raise Mistake(f"{what} has half a character (a lone surrogate). Write it anew.")
     if required and not text:
         raise Mistake(f"{what} is empty. Write something first.")
     if len(text) > MAX_TEXT:
@@ -101,8 +114,19 @@ def check_text(text: str | None, what: str, required: bool = True) -> str:
     return text
 
 
+def is_unicode(text: str) -> bool:
+    """False where JSON's escapes have left half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_texts(texts: str | None) -> list[str]:
     """The lines of a text box that are not empty."""
+    if not isinstance(texts, (str, type(None))):
+        raise Mistake(f"The texts must be one text with a line for each, not {type(texts).__name__}.")
     lines = [line for line in (texts or "").splitlines() if line.strip()]
     if not lines:
         raise Mistake("There is no text. Write one on each line.")
@@ -114,5 +138,5 @@ def check_texts(texts: str | None) -> list[str]:
 def check_whole(value: object, what: str, high: int) -> int:
     """The whole number from 0 to `high`. Raises Mistake for anything else."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or value not in range(high + 1):
-        raise Mistake(f"{what} is {value!r}; it must be a whole number from 0 to {high}.")
+        raise Mistake(f"{what} is {shown(value)}; it must be a whole number from 0 to {high}.")
     return int(value)

@@ -7,6 +7,7 @@ import threading
 import about
 import answers
 import app
+import attention
 import charts
 import chat_tab
 import gradio as gr
@@ -55,6 +56,67 @@ def test_settings_that_contradict_one_another_are_refused():
         with pytest.raises(gr.Error, match="Earlier turns is .*whole number from 0 to 50"):
             check_whole(wrong, "Earlier turns", 50)
     assert check_whole(7.0, "Earlier turns", 50) == 7
+
+
+HUGE = (10**400, -(10**400), float("inf"), float("nan"), "9" * 5000, [[0] * 5000], {"a": "b" * 5000})
+
+
+@pytest.mark.parametrize("name", [*RANGES, "captions", "decoding"])
+def test_a_setting_that_is_huge_is_refused_in_a_short_sentence(name):
+    for wrong in HUGE:
+        with pytest.raises(Mistake) as told:
+            Settings(**{name: wrong})
+        assert len(str(told.value)) < 200
+    for wrong in HUGE:
+        with pytest.raises(Mistake, match="Re-ranked is") as told:
+            check_whole(wrong, "Re-ranked", 64)
+        assert len(str(told.value)) < 200
+        with pytest.raises(Mistake, match="The layer is") as told:
+            attention.choice(wrong, [0, 2], "The layer")
+        assert len(str(told.value)) < 200
+
+
+def test_half_a_character_is_refused():
+    for text in ("\ud800", "a \udfff b", "\udc80" * 3):
+        with pytest.raises(Mistake, match="The prompt has half a character"):
+            check_text(text, "The prompt", required=False)
+        with pytest.raises(Mistake, match="Text 2 has half a character"):
+            check_texts(f"a\n{text}")
+    assert check_text("\U0001f600", "The prompt") == "\U0001f600"
+    with pytest.raises(Mistake, match="must be one text"):
+        check_texts(["a"])
+
+
+@pytest.mark.parametrize("prompt", ["<image>", "<image><image>", "a <image> of </s> <pad>"])
+def test_a_prompt_that_spells_special_tokens_is_words(loaded, prompt):
+    part, picture = loaded.speaker, image("red")
+    inputs = answers.prompt_inputs(part, picture, prompt)
+    assert (inputs["input_ids"] == part.model.config.image_token_index).sum() == part.model.config.num_query_tokens
+    settings = Settings(num_beams=1, max_length=3)
+    assert len(answers.caption(part, picture, prompt, settings, threading.Event())) == 1
+    asked = answers.answer(loaded, picture, prompt, [(prompt, prompt)], settings)
+    assert isinstance(list(asked)[-1][0], str)
+
+
+@pytest.mark.parametrize(
+    "demo, said",
+    [
+        ("[1, 2]", "demo: "),
+        ("yes", "demo: "),
+        ("{turns: many}", "demo.turns: 'many'"),
+        ("{turns: null}", "demo.turns: None"),
+    ]
+    + [("{turns: 2.5}", "demo.turns"), ("{turns: 51}", "demo.turns"), ("{turns: true}", "demo.turns")]
+    + [("{prompt: [a]}", "demo.prompt"), ("{prompt: null}", "demo.prompt"), ("{prompt: 7}", "demo.prompt: 7")],
+)
+def test_a_model_card_of_wrong_types_is_a_sentence(loaded, tmp_path, demo, said):
+    (tmp_path / "README.md").write_text(f"---\nlicense: [mit, 7]\ndemo: {demo}\n---\n# Toy\n")
+    part = loaded.speaker
+    carded = space_models.Models(space_models.Part("a/b", str(tmp_path), part.model, part.processor), None)
+    with pytest.raises(ValueError, match="The model card of a/b has in its header") as told:
+        app.defaults(carded, app.parse([]))
+    assert said in str(told.value)
+    assert "mit" in about.about(carded)
 
 
 def test_a_visitors_mistake_leaves_no_traceback_in_the_log():
