@@ -67,14 +67,14 @@ def _check_file(value: dict, pictures: bool) -> None:
 
 
 def chat_of_texts(messages: object) -> list[dict]:
-    """The messages of a chat as [{"role": user or assistant, "content": text}, ...].
+    """The messages of a chat as [{"role": user or assistant, "content": [{"type": "text", "text": ...}, ...]}, ...].
 
     Raises:
         Mistake: what is no such list, or a part that is no text: Gradio would make the component that it names.
     """
     if not isinstance(messages, list):
         raise Mistake(UNREADABLE)
-    return [{"role": _role(message), "content": _text(message.get("content"))} for message in messages]
+    return [{"role": _role(message), "content": _texts(message.get("content"))} for message in messages]
 
 
 def _role(message: object) -> str:
@@ -83,15 +83,12 @@ def _role(message: object) -> str:
     return message["role"]
 
 
-def _text(content: object) -> str:
-    parts = [content] if isinstance(content, (str, dict)) else content
-    if not isinstance(parts, list):
-        raise Mistake(ONLY_TEXTS)
-    texts = [part if isinstance(part, str) else _text_part(part) for part in parts]
-    return " ".join(texts)
+def _texts(content: object) -> list[dict]:
+    parts = content if isinstance(content, list) else [content]
+    return [{"type": "text", "text": part if isinstance(part, str) else _text(part)} for part in parts]
 
 
-def _text_part(part: object) -> str:
+def _text(part: object) -> str:
     if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
         raise Mistake(ONLY_TEXTS)
     return part["text"]

@@ -293,10 +293,17 @@ def test_a_chat_is_texts(uploaded):
     def texts(*contents, role="user"):
         return checked([chat], [[{"role": role, "content": content, "metadata": None} for content in contents]])[0]
 
-    text = {"type": "text", "text": "what ?"}
-    assert texts("a", [text], [text, "b"], []) == [
-        {"role": "user", "content": content} for content in ("a", "what ?", "what ? b", "")
+    text, other = {"type": "text", "text": "what ?"}, {"type": "text", "text": "b"}
+    sent_and_taken = [
+        ("b", [other]),
+        ([text], [text]),
+        ([text, "b"], [text, other]),
+        (text | {"more": 7}, [text]),
+        ([], []),
     ]
+    for content, taken in sent_and_taken:
+        assert texts(content) == [{"role": "user", "content": taken}]
+    assert chat.data_model.model_validate(texts("b", text)).model_dump()[1]["content"][0]["text"] == "what ?"
     component = {"type": "component", "component": "image", "value": {"path": "/etc/passwd"}, "props": {}}
     file = {"type": "file", "file": uploaded}
     wrong = [
