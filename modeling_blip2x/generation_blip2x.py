@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .assembling_blip2x import build_generative, hand_over
+from .checks_blip2x import check_prompt
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .image_prompt_blip2x import ImagePrompting
 from .language_blip2x import (
@@ -211,7 +212,8 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         While training, logits are those of positions whose next token has a label in any row: (B, positions, vocabulary).
 
         Raises:
-            ValueError: image tokens and image features differ in number, naming both.
+            ValueError: image tokens and image features differ in number, naming both; an empty batch or text, values that
+                are NaN, or more tokens than the language model reads.
             TypeError: an argument that this language model does not take.
         """
         if input_ids is None and pixel_values is not None and pixel_values.ndim == 2:
@@ -308,6 +310,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
                 raise ValueError("Nothing to read: pass input_ids, images, or both.")
             input_ids = self.image_prompt(image.pooler_output.shape[0])
         inputs_embeds = self.merge_image(input_ids, inputs_embeds, image, cache)
+        check_prompt(self.config.text_config, inputs_embeds, attention_mask)
         if attention_mask is None and cache is None:
             attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         return inputs_embeds, attention_mask

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from transformers import DynamicCache, GenerationConfig
 
+from .checks_blip2x import check_prompt
 from .language_blip2x import CACHE
 from .outputs_blip2x import Blip2xImageFeatures
 from .vision_blip2x import with_eager_attention
@@ -210,6 +211,7 @@ class ImagePrompting:
             model_kwargs["mm_encoder_outputs"] = images
         is_embeds = inputs_tensor.is_floating_point()
         embeds = self.merge_image(None if is_embeds else inputs_tensor, inputs_tensor if is_embeds else None, image)
+        check_prompt(self.config.text_config, embeds, model_kwargs.get("attention_mask"))
         encoder = self.get_encoder()
         if generation_config.output_attentions:
             encoder = with_eager_attention(encoder)

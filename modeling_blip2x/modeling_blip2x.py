@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
 from .attention_maps_blip2x import grid_of, maps_of
+from .checks_blip2x import check_images
 from .configuration_blip2x import Blip2xConfig
 from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
 from .qformer_blip2x import KeyValues, QFormer, QueryTokens, dtype_of_inputs, in_own_dtype
@@ -246,12 +247,14 @@ class Blip2xModel(Blip2xPreTrainedModel):
             given = "neither" if pixel_values is None else "both"
             raise ValueError(f"Pass either pixel_values or vision_embeds, got {given}.")
         if vision_embeds is not None:
+            check_images("vision_embeds", vision_embeds, self.training)
             return BaseModelOutput(last_hidden_state=vision_embeds)
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. Add the "
                 "batch dimension, or let the processor make it."
             )
+        check_images("pixel_values", pixel_values, self.training)
         # A frozen tower builds no graph: it would keep its activations for gradients that nobody takes.
         frozen = not any(parameter.requires_grad for parameter in self.vision_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):

@@ -23,6 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .checks_blip2x import check_text
 from .configuration_blip2x import Blip2xQFormerConfig
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]  # keys and values, (B, heads, length, head width) each
@@ -215,6 +216,7 @@ class QFormerTextEmbeddings(nn.Module):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids (B, L) -> (B, L, H)."""
+        check_text("The text for the Q-Former", input_ids)
         longest = self.config.max_position_embeddings
         if input_ids.shape[1] > longest:
             raise ValueError(

@@ -8,7 +8,7 @@ from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 
 from modeling_blip2x.vision_blip2x import with_eager_attention
-from tests.helpers.tiny import LANGUAGE_MODELS, batch, image, prompt, stage1, stage1_processor, stage2
+from tests.helpers.tiny import LANGUAGE_MODELS, batch, image, prompt, stage1, stage1_processor, stage2, stage2_processor
 
 THREADS, CALLS = 8, 200
 COLOURS = ["red", "green", "blue", "black"]
@@ -52,6 +52,45 @@ def test_many_threads_get_what_one_gets():
     with ThreadPoolExecutor(THREADS) as threads:
         got = list(threads.map(lambda number: tensors_of(call(model, processor, number)), range(CALLS)))
     for number, (here, there) in enumerate(zip(got, expected)):
+        assert len(here) == len(there) > 0, number
+        assert all(torch.equal(a, b) for a, b in zip(here, there)), number
+    assert implementations(model) == {"sdpa"}
+
+
+def use(model, processor, number):
+    """The number-th call of what an application calls, each kind in turn."""
+    pictures, texts = [image(COLOURS[number % 4]), image(COLOURS[number % 3])], ["a red dog", "a cat on the left"]
+    inputs = processor(pictures, texts, padding=True, return_tensors="pt")
+    kind, pixels = number % 4, inputs["pixel_values"]
+    with torch.no_grad():
+        if kind == 0:
+            return inputs.data
+        if kind == 1:
+            return model.query_attention(pixels)
+        if kind == 2:
+            return model.get_image_features(pixels)
+        given = inputs if model.config.text_config is not None else {"pixel_values": pixels}
+        return model.generate(**given, max_new_tokens=4, num_beams=1 + number % 3)
+
+
+@pytest.mark.parametrize("calls", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_application_with_many_threads(stage, calls):
+    """Each of the threads makes as many calls of every kind."""
+    processor = stage1_processor() if stage == 1 else stage2_processor()
+
+    def fresh():
+        if stage == 1:
+            return stage1().eval()
+        return stage2("opt", std=0.3, image_token_index=processor.image_token_id).eval()
+
+    alone, model = fresh(), fresh()
+    expected = [tensors_of(use(alone, processor, number)) for number in range(12)]  # of 4 kinds, with 4 and 3 pictures
+    total = THREADS * calls * 4
+    with ThreadPoolExecutor(THREADS) as threads:
+        got = list(threads.map(lambda number: tensors_of(use(model, processor, number)), range(total)))
+    for number, here in enumerate(got):
+        there = expected[number % 12]
         assert len(here) == len(there) > 0, number
         assert all(torch.equal(a, b) for a, b in zip(here, there)), number
     assert implementations(model) == {"sdpa"}
