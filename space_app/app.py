@@ -20,6 +20,7 @@ import time
 SWEEP, KEPT = 600, 3600  # seconds: how often the cache is swept, and how old its files get
 LEAVING = 4  # seconds that answers have to end when the process is told to; containers are killed after 10
 QUEUE = 64  # requests in the queue; one more is refused and asked to try again
+SESSIONS = 250  # visitors that Gradio remembers, at a quarter of a megabyte each; who was longest away is forgotten
 PROMPT = "a picture of"
 MOST_TURNS = 50
 
@@ -193,7 +194,7 @@ def launch(page, host: str | None = None, port: int | None = None, share: bool =
         "ssr_mode": False,
         "pwa": False,
         "footer_links": ["api", "settings"],
-        "state_session_capacity": 1000,
+        "state_session_capacity": SESSIONS,
         "prevent_thread_lock": not wait,
     }
     try:

@@ -186,20 +186,21 @@ def refused_requests(address: str, count: int) -> None:
             assert "event: error" in told and len(told) < 1000
 
 
-def flat_over(count: int, folders) -> None:
+def growth(folders, first: int, count: int) -> float:
+    """MB that a server grows by over `count` refused requests, once `first` have made what is made once."""
     with serving("--model", *folders) as (address, process):
-        refused_requests(address, 20)  # what is made once
         memory = psutil.Process(process.pid).memory_info
+        refused_requests(address, first)
         before = memory().rss
         refused_requests(address, count)
-        grown = memory().rss - before
-        assert grown < 20_000_000, f"{grown / 1e6:.0f} MB for {count} requests of {count * 1.7:.0f} MB"
+        return (memory().rss - before) / 1e6
 
 
 def test_refused_requests_leave_nothing_behind(folders):
-    flat_over(50, folders)
+    assert growth(folders, first=20, count=50) < 20  # of 85 MB that are sent
 
 
 @pytest.mark.slow
 def test_a_thousand_refused_requests_leave_nothing_behind(folders):
-    flat_over(1000, folders)
+    """The first ones fill the sessions that Gradio remembers; after that the heap alone moves."""
+    assert growth(folders, first=500, count=1000) < 60  # of 1700 MB that are sent
