@@ -193,22 +193,6 @@ def test_only_files_that_were_uploaded_are_opened(tmp_path, monkeypatch):
         uploads.open_image(None)
 
 
-def test_a_chat_that_holds_more_than_texts_is_refused_before_gradio_builds_it(tmp_path):
-    """Gradio would build the component that a message describes, and open the file that it names."""
-    said = {"role": "user", "metadata": None, "options": None}
-    secret = {"path": str(saved(tmp_path, "secret.png", image("red"))), "meta": {"_type": "gradio.FileData"}}
-    text = {"type": "text", "text": "what is it?"}
-    parts = [
-        {"type": "component", "component": "image", "value": secret, "constructor_args": {}, "props": {}},
-        {"component": "image", "value": secret, "constructor_args": {}, "props": {}},
-        {"type": "file", "file": secret, "alt_text": None},
-    ]
-    refuse_what_would_be_opened([0, [{**said, "content": [text]}]])
-    for part in parts:
-        with pytest.raises(Mistake, match="A chat holds texts alone"):
-            refuse_what_would_be_opened([0, [{**said, "content": [text]}, {**said, "content": [text, part]}]])
-
-
 def test_a_gallery_holds_files_in_any_form_and_no_videos(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     colours = {name: {"path": str(saved(tmp_path, f"{name}.png", image(name)))} for name in ("red", "blue")}
