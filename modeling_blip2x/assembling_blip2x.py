@@ -3,6 +3,7 @@
 Weights are checked as they move: shapes must fit, and every tensor is taken or reported as dropped or new.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -257,3 +258,10 @@ def bert_name(name: str) -> str | None:
         if ours in name:
             return "encoder.layer." + name.removeprefix("layers.").replace(ours, theirs)
     raise ValueError(f"No BERT name for '{name}'.")
+
+
+def generation_config_of(model: nn.Module) -> object:
+    """The language model's own generation config; it never writes the image placeholder."""
+    generation_config = copy.deepcopy(model.language_model.generation_config)
+    generation_config.suppress_tokens = [model.config.image_token_index]
+    return generation_config

@@ -7,7 +7,6 @@ queries replace the placeholders. Encoder-decoder (T5): the same on the encoder'
 of beams. Output of a decoder-only model begins with the prompt's ids; `Blip2xProcessor.batch_decode_new` takes it off.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import fields
 
@@ -16,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .assembling_blip2x import build_generative, hand_over
+from .assembling_blip2x import build_generative, generation_config_of, hand_over
 from .checks_blip2x import check_prompt
 from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .image_prompt_blip2x import ImagePrompting
@@ -212,8 +211,7 @@ class Blip2xForConditionalGeneration(ImagePrompting, Blip2xPreTrainedModel, Gene
         While training, logits are those of positions whose next token has a label in any row: (B, positions, vocabulary).
 
         Raises:
-            ValueError: image tokens and image features differ in number, naming both; an empty batch or text, values that
-                are NaN, or more tokens than the language model reads.
+            ValueError: image tokens and image features differ in number; an empty batch or text, NaN, too many tokens.
             TypeError: an argument that this language model does not take.
         """
         if input_ids is None and pixel_values is not None and pixel_values.ndim == 2:
@@ -441,13 +439,6 @@ _LANGUAGE_OUTPUTS = [
     for field in fields(Blip2xForConditionalGenerationOutput)
     if field.name not in ("loss", "vision_outputs", "qformer_outputs")
 ]
-
-
-def generation_config_of(model: Blip2xForConditionalGeneration) -> object:
-    """The language model's own generation config; it never writes the image placeholder."""
-    generation_config = copy.deepcopy(model.language_model.generation_config)
-    generation_config.suppress_tokens = [model.config.image_token_index]
-    return generation_config
 
 
 __all__ = ["Blip2xForConditionalGeneration"]

@@ -20,7 +20,7 @@ class RunArguments(Arguments):
     dataset: list[str] = doc(
         [],
         "Hub id, folder (imagefolder with metadata.jsonl, parquet, webdataset tars), tars by a pattern, or JSON (COCO "
-        "captions, Karpathy, QUESTIONS,ANNOTATIONS of VQAv2, LAVIS, LLaVA and plain lists), CSV, TSV. One or more of them. Required.",
+        "captions, Karpathy, QUESTIONS,ANNOTATIONS of VQAv2, LAVIS, LLaVA and plain lists), CSV, TSV. One or more. Required.",
     )
     dataset_config: list[str] | None = doc(
         None, "Configuration of each data set, `default` for one that has none; null where no data set has several."

@@ -122,8 +122,8 @@ class CaptionDataset(ImageDataset):
         if not len(self.kept):
             first = self.left_out[0]
             raise ValueError(
-                f"None of the {self.num_rows} rows of {source[0] or 'the dataset'} can be used, the first: row {first['row']}, {first['name']}: "
-                f"{first['reason']}. Relative paths start at {folder or 'the working directory'}; --image_folder changes it, "
+                f"None of the {self.num_rows} rows of {source[0] or 'the dataset'} can be used, the first: "
+                f"row {first['row']}, {first['name']}: {first['reason']}. Relative paths start at {folder or 'the working directory'}; --image_folder changes it, "
                 "--text_column the column of the texts."
             )
         numbers = (known_images or ImageNumbers()).number_rows(found, read_image_ids(rows), source[0])

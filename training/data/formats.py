@@ -21,8 +21,8 @@ NAME_A_SPLIT = "Name one of these."
 Splits = dict[str, Sequence[int]]  # the rows of each split
 SPLIT_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 FORMATS = (
-    "COCO captions ({images, annotations}), Karpathy ({images: [{sentences, split}]}), GQA's questions, LLaVA's conversations, or a list of rows such as "
-    "[{image, caption}], [{image, question, answer}] or [{image, text_input, text_output}]"
+    "COCO captions ({images, annotations}), Karpathy ({images: [{sentences, split}]}), GQA's questions, LLaVA's "
+    "conversations, or a list of rows such as [{image, caption}], [{image, question, answer}] or [{image, text_input, text_output}]"
 )
 
 
@@ -32,9 +32,9 @@ def load_rows(
     """Rows of one split of what `--dataset` names.
 
     A hub id or a folder (imagefolder with metadata.jsonl, parquet, webdataset tars), of which `config` is one configuration;
-    a folder of `save_to_disk`; tars or parquet files by a pattern such as `DIR/{000..099}.tar`; a JSON, JSONL, CSV, TSV or parquet file; VQAv2's `QUESTIONS.json,ANNOTATIONS.json`. Images stay encoded:
-    a row's image is a path, or a dict with `path` and `bytes` or the place in a tar. Raises ValueError for what cannot be
-    read or holds nothing.
+    a folder of `save_to_disk`; tars or parquet files by a pattern such as `DIR/{000..099}.tar`; a JSON, JSONL, CSV, TSV or
+    parquet file; VQAv2's `QUESTIONS.json,ANNOTATIONS.json`. Images stay encoded: a row's image is a path, or a dict with
+    `path` and `bytes` or the place in a tar. Raises ValueError for what cannot be read or holds nothing.
     """
     path, files = Path(dataset), pattern_files(dataset)
     try:

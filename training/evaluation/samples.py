@@ -70,8 +70,8 @@ class EvaluationSet(ImageDataset):
         if len(self.skipped) == len(found):
             first = self.skipped[0]
             raise ValueError(
-                f"No image of the {len(found)} rows of {name} is there, the first: row {first['row']}, {first['name']}: {first['reason']}. Relative "
-                f"paths start at {folder or 'the working directory'}; --image_folder changes it."
+                f"No image of the {len(found)} rows of {name} is there, the first: row {first['row']}, {first['name']}: "
+                f"{first['reason']}. Relative paths start at {folder or 'the working directory'}; --image_folder changes it."
             )
         self.faults = {report["row"] for report in self.skipped}
         self.asked = self.read(rows, found, text_column, prompt_column, clean_texts, clean_questions)
@@ -83,7 +83,8 @@ class EvaluationSet(ImageDataset):
         if self.skipped and not self.samples:
             first = self.skipped[0]
             raise ValueError(
-                f"None of the {len(found)} rows of {name} can be used, the first: row {first['row']}, {first['name']}: {first['reason']}."
+                f"None of the {len(found)} rows of {name} can be used, the first: row {first['row']}, {first['name']}: "
+                f"{first['reason']}."
             )
 
     def read(
