@@ -50,9 +50,14 @@ setup(
     python_requires=">=3.10",
     packages=["modeling_blip2x", "blip2x_training", *(f"blip2x_training.{name}" for name in find_packages("training"))],
     package_dir={"blip2x_training": "training"},
-    package_data={"blip2x_training": ["configs/**/*.yaml"], "blip2x_training.evaluation.report": ["*.jinja"]},
+    package_data={
+        "blip2x_training": ["configs/**/*.yaml"],
+        "blip2x_training.evaluation.report": ["*.jinja"],
+        "blip2x_training.photo_run": ["*.jinja"],
+    },
     entry_points={
         "console_scripts": [
+            "blip2x-photos = blip2x_training.photos:command",
             "blip2x-stage1 = blip2x_training.pretrain_stage1:command",
             "blip2x-stage2 = blip2x_training.pretrain_stage2:command",
             "blip2x-finetune = blip2x_training.finetune:command",

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "blip2x_training"
 # From the ground up: a room imports from itself and from those before it. The scripts are the roof.
 FLOORS = (
-    "metrics", "system", "arguments", "models", "reporting", "data", "evaluation", "engine", "capfilt", "toy", "scripts"
+    "metrics", "system", "arguments", "models", "reporting", "data", "evaluation", "engine", "capfilt", "toy", "photo_run", "scripts"
 )  # fmt: skip
 FOLDERS = {PACKAGE: "training", "modeling_blip2x": "modeling_blip2x"}
 
