@@ -130,6 +130,7 @@ class Blip2xConfig(PreTrainedConfig):
     vision_layer_norm_eps: epsilon of `ln_vision`, the trained LayerNorm on the image features.
     objectives: losses of stage 1 that are trained; the paper's three by default.
     itc_loss: softmax over the batch (the paper), or a sigmoid for each pair (SigLIP), which adds a learned bias.
+    query_spread: weight of `query_spread_loss` while training; 0 is the paper.
     interpolate_pos_encoding: images are of another size than the tower was trained at, as in fine-tuning at 364 pixels:
         its position embeddings are always interpolated.
     prompt_template: the prompt the model was trained with, for example `Question: {} Answer:`; "" if with none, None if
@@ -160,6 +161,7 @@ class Blip2xConfig(PreTrainedConfig):
     empty_prompt: list[int] | None = None
     objectives: list[str] | tuple[str, ...] = OBJECTIVES
     itc_loss: str = "softmax"
+    query_spread: float = 0.0
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -175,6 +177,8 @@ class Blip2xConfig(PreTrainedConfig):
             raise ValueError(f"objectives must name some of {', '.join(OBJECTIVES)}, got {list(self.objectives)}.")
         if self.itc_loss not in ITC_LOSSES:
             raise ValueError(f"itc_loss is {self.itc_loss!r}; choose from {', '.join(ITC_LOSSES)}.")
+        if not 0 <= self.query_spread < float("inf"):
+            raise ValueError(f"query_spread is {self.query_spread}, but must be at least 0, such as 1.")
         if self.num_query_tokens < 1:
             raise ValueError(f"num_query_tokens must be at least 1, got {self.num_query_tokens}.")
 

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutput
 
 from .distributed_blip2x import batch_sizes, fetch_rows, global_share, global_sum, rank, share_of_items
-from .losses_blip2x import image_text_similarity, itg_sum, itm_pairs, itm_sums
+from .losses_blip2x import image_text_similarity, itg_sum, itm_pairs, itm_sums, query_spread_sum
 from .matching_blip2x import Contrast, EncodedPairs
 from .outputs_blip2x import Blip2xForPreTrainingOutput, Blip2xTextFeatures
 from .pretraining_blip2x import Blip2xForPreTraining
@@ -209,6 +209,8 @@ def _whole(
         whole.fetch = _fetch_of(batch.vision, whole.negatives[0], batch.first_row, batch.sizes)
         pairs = global_sum(len(batch.vision) + sum((drawn >= 0).sum() for drawn in whole.negatives))
         whole.counts |= {"loss_itm": pairs, "itm_accuracy": pairs}
+    if model.spreads_queries:
+        whole.counts["loss_spread"] = torch.tensor(sum(batch.sizes), device=batch.vision.device)
     if "itg" in model.config.objectives:
         whole.counts["loss_itg"] = global_sum(batch.attention_mask[:, 1:].sum())
     return whole
@@ -247,6 +249,9 @@ def _share_of(
         logits = model.match_logits(pairs, chosen, whole.texts, whole.fetch)
         terms["loss_itm"], terms["itm_accuracy"] = itm_sums(logits, chosen.labels)
         share = share + whole.share("loss_itm", terms["loss_itm"])
+    if model.spreads_queries:
+        terms["loss_spread"] = model.config.query_spread * query_spread_sum(pairs.queries.hidden)
+        share = share + whole.share("loss_spread", terms["loss_spread"])
     if "itg" in model.config.objectives:
         terms["loss_itg"] = itg_sum(*model.text_logits(pairs))
         share = share + whole.share("loss_itg", terms["loss_itg"])

@@ -1,4 +1,5 @@
-"""The three objectives of stage 1 as pure functions (paper, section 3.2), and the draw of hard negatives.
+"""The three objectives of stage 1 as pure functions (paper, section 3.2), the draw of hard negatives, and what keeps queries
+apart.
 
 Shapes: B pairs on this process, N pairs in the global batch (N = B without a process group), Q queries, P width of the
 contrastive space. All losses are computed in fp32 and are means over the global batch.
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from .distributed_blip2x import global_mean, share_of_items
 
 LABEL_SMOOTHING = 0.1  # ITC and ITG; figure of the official implementation
+QUERY_DISTANCE = 0.9  # of unit vectors whose cosine is .6
 
 
 def image_text_similarity(image_features: torch.Tensor, text_features: torch.Tensor) -> torch.Tensor:
@@ -135,3 +137,25 @@ def itg_loss(
 def itg_sum(token_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Summed terms of `itg_loss` of the tokens given, before their mean."""
     return F.cross_entropy(token_logits.float(), labels, reduction="sum", label_smoothing=LABEL_SMOOTHING)
+
+
+def query_spread_loss(queries: torch.Tensor) -> torch.Tensor:
+    """How far the query outputs of an image lie within QUERY_DISTANCE of one another: mean over pairs of queries and images.
+
+    queries (B, Q, H). Ours, not the paper's: where queries start close together, as under a sentence encoder, training
+    makes one vector of them within tens of steps, and nothing in the three objectives takes them apart again
+    (docs/photos.md). A hinge on the distance of unit vectors, not on their cosine: the gradient of a cosine vanishes as two
+    become one, that of the distance does not. Pairs that are further apart cost nothing. 0 for a single query.
+    """
+    return global_mean(query_spread_sum(queries), len(queries))
+
+
+def query_spread_sum(queries: torch.Tensor) -> torch.Tensor:
+    """Summed terms of `query_spread_loss` of the images given, before their mean."""
+    count = queries.shape[1]
+    if count == 1:
+        return queries.new_zeros((), dtype=torch.float32)
+    first, second = torch.triu_indices(count, count, offset=1, device=queries.device)
+    unit = F.normalize(queries.float(), dim=-1)
+    distances = (unit[:, first] - unit[:, second]).norm(dim=-1)
+    return F.relu(QUERY_DISTANCE - distances).mean(dim=1).sum()

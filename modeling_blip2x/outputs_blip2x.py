@@ -90,7 +90,7 @@ class Blip2xRetrievalOutput(ModelOutput):
 
 @dataclass
 class Blip2xForPreTrainingOutput(ModelOutput):
-    """loss = loss_itc + loss_itm + loss_itg; logits (B, N) against the global batch, cosine / temperature.
+    """loss = loss_itc + loss_itm + loss_itg + loss_spread, those that there are; logits (B, N) against the global batch, cosine / temperature.
 
     The rest as in `Blip2xRetrievalOutput`.
     """
@@ -99,6 +99,7 @@ class Blip2xForPreTrainingOutput(ModelOutput):
     loss_itc: torch.FloatTensor | None = None
     loss_itm: torch.FloatTensor | None = None
     loss_itg: torch.FloatTensor | None = None
+    loss_spread: torch.FloatTensor | None = None
     itm_accuracy: torch.FloatTensor | None = None
     temperature: torch.FloatTensor | None = None
     logits_per_image: torch.FloatTensor | None = None

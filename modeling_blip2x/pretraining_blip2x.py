@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple, logging
 from .assembling_blip2x import build_pretraining
 from .configuration_blip2x import Blip2xQFormerConfig
 from .imagetext_blip2x import ItgHead
-from .losses_blip2x import itg_loss
+from .losses_blip2x import itg_loss, query_spread_loss
 from .matching_blip2x import Blip2xMatchingModel, EncodedPairs
 from .outputs_blip2x import Blip2xForPreTrainingOutput
 from .qformer_blip2x import QFormer
@@ -40,6 +40,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
         vision_feature_layer: int = -1,
         objectives: list[str] | None = None,
         itc_loss: str = "softmax",
+        query_spread: float = 0.0,
     ) -> "Blip2xForPreTraining":
         """Stage-1 model around a vision tower.
 
@@ -52,6 +53,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
             vision_feature_layer: hidden state of the tower to use; -1 its output, -2 the layer before.
             objectives: any of itc, itm, itg; all by default.
             itc_loss: softmax (the paper) or sigmoid (SigLIP).
+            query_spread: weight of `query_spread_loss` while training, which keeps queries apart; 0 is the paper.
         """
         return build_pretraining(
             cls,
@@ -62,6 +64,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
             image_text_hidden_size=image_text_hidden_size,
             vision_feature_layer=vision_feature_layer,
             itc_loss=itc_loss,
+            query_spread=query_spread,
             **({} if objectives is None else {"objectives": objectives}),
         )
 
@@ -80,7 +83,7 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
         output_hidden_states: bool | list[int] | None = None,
         num_items_in_batch: torch.Tensor | float | None = None,
     ) -> Blip2xForPreTrainingOutput | tuple:
-        """The three losses of B image-text pairs, means over the global batch.
+        """The three losses of B image-text pairs, means over the global batch; while training, loss_spread where it has weight.
 
         Args:
             pixel_values: (B, 3, height, width), or vision_embeds (B, N, D) in their place.
@@ -121,6 +124,8 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
             losses["loss_itm"], itm_accuracy = self.match(pairs, contrast, negative_seed, negative_hardness)
         if "itg" in self.config.objectives:
             losses["loss_itg"] = itg_loss(*self.text_logits(pairs), num_items_in_batch)
+        if self.spreads_queries:
+            losses["loss_spread"] = self.config.query_spread * query_spread_loss(pairs.queries.hidden)
         return Blip2xForPreTrainingOutput(
             loss=sum(losses.values()),
             **losses,
@@ -130,6 +135,11 @@ class Blip2xForPreTraining(Blip2xMatchingModel):
             logits_per_text=contrast.logits_per_text,
             **self.outputs_of(pairs, contrast, *options),
         )
+
+    @property
+    def spreads_queries(self) -> bool:
+        """Whether the loss holds `query_spread_loss`: it is of training alone, so that validations compare."""
+        return self.training and self.config.query_spread > 0
 
     def decoder_ids(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """input_ids (B, L) with [DEC] for [CLS]; None where ITG is not an objective."""

@@ -46,8 +46,9 @@ def run(args: Stage1Arguments, accelerator: Accelerator) -> None:
         return
 
     if args.init_from:
-        itc_loss = {} if args.itc_loss is None else {"itc_loss": args.itc_loss}
-        model = Blip2xForPreTraining.from_pretrained(args.init_from, **itc_loss)
+        changed = {"itc_loss": args.itc_loss, "query_spread": args.query_spread}
+        changed = {name: value for name, value in changed.items() if value is not None}
+        model = Blip2xForPreTraining.from_pretrained(args.init_from, **changed)
         model.config.objectives = args.objectives  # all weights are there whatever the checkpoint was trained with
         tokenizer = AutoProcessor.from_pretrained(args.init_from).tokenizer
     else:
@@ -66,6 +67,7 @@ def run(args: Stage1Arguments, accelerator: Accelerator) -> None:
             vision_feature_layer=args.vision_feature_layer,
             objectives=args.objectives,
             itc_loss=args.itc_loss or "softmax",
+            query_spread=args.query_spread or 0.0,
         )
     processor = Blip2xProcessor(image_processor, tokenizer)
     model.freeze_unimodal()

@@ -14,7 +14,7 @@ from modeling_blip2x.grad_cache_blip2x import chunked_backward
 from tests.helpers.tiny import batch, prompt, stage1, stage2
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg", "itm_accuracy")
+LOSSES = ("loss", "loss_itc", "loss_itm", "loss_itg", "loss_spread", "itm_accuracy")
 SPLITS = {"even": (4, 4), "uneven": (3, 5), "one row": (7, 1)}
 
 
@@ -34,7 +34,7 @@ def stage2_inputs(model) -> dict[str, torch.Tensor]:
 def make(stage: int | str):
     """Trainable model in train mode without dropout, its inputs, and what else the forward takes."""
     if stage in (1, "sigmoid"):
-        model = stage1(qformer=NO_DROPOUT, itc_loss="softmax" if stage == 1 else stage)
+        model = stage1(qformer=NO_DROPOUT, itc_loss="softmax" if stage == 1 else stage, query_spread=1.0)
         return model.train(), stage1_inputs(), {"negative_seed": 5}
     model = stage2("opt", std=0.1, qformer={**NO_DROPOUT, "use_qformer_text_input": False})
     model.freeze_unimodal()

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from transformers.modeling_outputs import BaseModelOutput
 
 from blip2x_training.engine.chunked_step import chunked_step
-from modeling_blip2x import Blip2xForPreTraining, grad_cache_blip2x
+from modeling_blip2x import Blip2xForPreTraining, grad_cache_blip2x, losses_blip2x
 from modeling_blip2x.grad_cache_blip2x import _fetch_of, chunked_backward
 from modeling_blip2x.losses_blip2x import itc_loss, itg_loss, itm_loss, itm_pairs
 from modeling_blip2x.outputs_blip2x import Blip2xForPreTrainingOutput
@@ -50,6 +50,17 @@ def test_sigmoid_itc_in_chunks(chunk_size):
     expected = plain(make(itc_loss="sigmoid"), data)
     assert_same(expected, chunked(make(itc_loss="sigmoid"), data, chunk_size))
     assert expected[1]["itc_bias"].abs() > 1e-3
+
+
+@pytest.mark.parametrize("chunk_size", (3, ROWS))
+def test_queries_are_kept_apart_in_chunks(chunk_size, monkeypatch):
+    monkeypatch.setattr(losses_blip2x, "QUERY_DISTANCE", 1.5)  # random ones are 1.4 apart
+    data = inputs()
+    expected = plain(make(query_spread=2.0), data)
+    found = chunked(make(query_spread=2.0), data, chunk_size)
+    assert_same(expected, found)
+    assert found[0].loss_spread.item() == pytest.approx(expected[0].loss_spread.item(), rel=1e-5)
+    assert expected[0].loss_spread > 0.01
 
 
 def plain(model: Blip2xForPreTraining, data: dict, autocast: Callable | None = None):

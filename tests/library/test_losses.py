@@ -13,6 +13,7 @@ from modeling_blip2x.losses_blip2x import (
     itm_loss,
     itm_pairs,
     positive_pairs,
+    query_spread_loss,
     sigmoid_itc_loss,
     uniform_numbers,
 )
@@ -116,3 +117,26 @@ def test_itg_is_smoothed_cross_entropy_over_tokens():
     logits, labels = random(5, 11), torch.tensor([0, 3, 10, 4, 4])
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     assert torch.allclose(itg_loss(logits, labels), expected, atol=1e-6)
+
+
+def test_queries_pay_for_being_closer_than_their_distance():
+    queries = random(2, 4, 6) * torch.tensor([0.5, 1.0, 2.0, 3.0])[:, None]  # lengths do not count
+    queries[0, 1] = 7 * queries[0, 0] + 1e-3 * queries[0, 2]
+    by_hand = []
+    for image in queries:
+        unit = [query / query.norm() for query in image]
+        by_hand += [max(0.0, 0.9 - float((unit[i] - unit[j]).norm())) for i in range(4) for j in range(i)]
+    assert query_spread_loss(queries).item() == pytest.approx(sum(by_hand) / 12, abs=1e-5)
+    assert query_spread_loss(torch.eye(4)[None]) == 0, "a right angle is far enough"
+    assert query_spread_loss(queries[:, :1]) == 0, "one query has no other"
+
+
+def test_queries_that_are_nearly_one_are_taken_apart():
+    together = (random(1, 1, 64) + 1e-3 * random(8, 4, 64, seed=1)).requires_grad_()
+    optimizer = torch.optim.AdamW([together], lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        query_spread_loss(together).backward()
+        optimizer.step()
+    unit = torch.nn.functional.normalize(together.detach(), dim=-1)
+    assert (unit @ unit.transpose(1, 2) - torch.eye(4)).max() < 0.62

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from modeling_blip2x import Blip2xForImageTextRetrieval, imagetext_blip2x, pretraining_blip2x
+from modeling_blip2x import Blip2xForImageTextRetrieval, imagetext_blip2x, losses_blip2x, pretraining_blip2x
+from modeling_blip2x.losses_blip2x import query_spread_loss
 from tests.helpers.tiny import QUERIES, TOWERS, batch, stage1
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
@@ -275,3 +276,19 @@ def test_a_layer_that_the_tower_lacks_is_named(layer):
     model = stage1(vision_feature_layer=layer)
     with pytest.raises(ValueError, match=f"vision_feature_layer is {layer}, but .* has 3 hidden states.*-3 to 2"):
         model(**batch())
+
+
+def test_queries_are_kept_apart_in_training_alone(monkeypatch):
+    """By default not at all: the paper's losses. A validation compares runs with and without it."""
+    monkeypatch.setattr(losses_blip2x, "QUERY_DISTANCE", 1.5)  # random ones are 1.4 apart
+    data, still = batch(), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = stage1(qformer=still, query_spread=3.0)
+    trained, validated = model.train()(**data, negative_seed=0), model.eval()(**data, negative_seed=0)
+    paper = stage1(qformer=still).train()(**data, negative_seed=0)
+    assert trained.loss_spread > 0.01 and torch.allclose(trained.loss, paper.loss + trained.loss_spread)
+    assert "loss_spread" not in validated and "loss_spread" not in paper
+    assert torch.allclose(validated.loss, paper.loss)
+    queries = model.get_image_features(data["pixel_values"]).qformer_outputs.last_hidden_state
+    assert trained.loss_spread.item() == pytest.approx(3 * query_spread_loss(queries).item(), rel=1e-4)
+    with pytest.raises(ValueError, match="query_spread is -1"):
+        stage1(query_spread=-1.0)

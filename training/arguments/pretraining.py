@@ -58,6 +58,11 @@ class Stage1Arguments(NewModelArguments):
         None,
         "softmax over the batch (the paper), or sigmoid for each pair (SigLIP); null: as init_from was trained, or softmax.",
     )
+    query_spread: float | None = doc(
+        None,
+        "Weight of a term that keeps the queries of an image apart (1 is enough), for a Q-Former that starts from a sentence "
+        "encoder, whose queries become one vector; use it without dropout. null: as init_from was trained, or 0, the paper.",
+    )
     hard_negative_steps: int = doc(
         0,
         "Steps over which ITM's negatives go from evenly drawn to the paper's hard ones. 0: hard from the start, as in "
@@ -78,6 +83,7 @@ class Stage1Arguments(NewModelArguments):
     RANGES = {
         **NewModelArguments.RANGES,
         "image_text_hidden_size": (1, BIG),
+        "query_spread": (0, 1000),
         "hard_negative_steps": (0, BIG),
         "itc_chunk_size": (1, BIG),
         "min_word_count": (1, BIG),
