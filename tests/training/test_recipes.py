@@ -11,6 +11,7 @@ from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.pretraining import Stage1Arguments, Stage2Arguments
 from blip2x_training.engine.optimizer import Schedule, build_optimizer, set_learning_rate
 from modeling_blip2x import Blip2xConfig, Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xQFormerConfig
+from tests.helpers.tiny import stage1, stage2
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 PAPER = CONFIGS / "paper"
@@ -42,7 +43,7 @@ def read(path: Path, kind: type, *flags: str):
 
 
 def kind_of(path: Path) -> type:
-    name = path.stem.removeprefix("flickr8k_").removeprefix("quickstart_")
+    name = path.stem.removeprefix("flickr8k_").removeprefix("quickstart_").removeprefix("photos_")
     return {"stage1": Stage1Arguments, "stage2": Stage2Arguments, "finetune": FinetuneArguments}[name.split("_")[0]]
 
 
@@ -172,3 +173,42 @@ def test_layer_decay_reaches_the_optimiser():
         if ".vision_model." in name:
             above = 40 if ".embeddings." in name else 39 - int(name.split(".layers.")[1].split(".")[0])
         assert rate == pytest.approx(1e-5 * 0.95**above), name
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+def test_what_began_with_trained_weights_may_train_more_slowly(stage):
+    """In stage 1 what text passes in BERT, in stage 2 all that stage 1 has trained."""
+    if stage == 1:
+        begun, kind, model = ["--qformer_init", "bert", "--vision_model", "v"], Stage1Arguments, stage1()
+        slow = ("embeddings", ".attention.", "text_feed_forward", "qformer.layernorm")
+        fast = (
+            "crossattention",
+            "query_feed_forward",
+            "query_tokens",
+            "ln_vision",
+            "projection",
+            "head",
+            "temperature",
+        )
+    else:
+        begun, kind, model = ["--init_from", "s", "--language_model", "l"], Stage2Arguments, stage2("opt")
+        slow, fast = ("qformer", "query_tokens", "ln_vision"), ("language_projection",)
+    needed = ["--dataset", "d", "--output_dir", "o"]
+    args = parse_arguments(kind, [*needed, *begun, "--pretrained_lr_scale", "0.25", "--learning_rate", "0.01"])
+    model.freeze_unimodal()
+    optimizer = build_optimizer(
+        model,
+        learning_rate=0.01,
+        weight_decay=0.05,
+        betas=(0.9, 0.98),
+        pretrained=args.pretrained,
+        pretrained_scale=args.pretrained_lr_scale,
+    )
+    set_learning_rate(optimizer, 0.01)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert any(part in name for part in slow) != any(part in name for part in fast), name
+            assert rates[id(parameter)] == (0.0025 if any(part in name for part in slow) else 0.01), name
+    with pytest.raises(ValueError, match="every trained part is new"):
+        parse_arguments(Stage1Arguments, [*needed, "--vision_model", "v", "--pretrained_lr_scale", "0.25"])

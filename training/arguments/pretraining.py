@@ -1,11 +1,16 @@
 """The fields of pretrain_stage1.py and pretrain_stage2.py, beside those of every training."""
 
+import re
 from dataclasses import dataclass, fields
 
 from modeling_blip2x.configuration_blip2x import ITC_LOSSES, OBJECTIVES
 
-from .base import BIG, doc
+from .base import BIG, TINY, doc
 from .training import RunArguments
+
+# Names of parameters that begin with trained weights: what text passes in BERT, and what stage 1 hands to stage 2.
+FROM_BERT = re.compile(r"(^|\.)qformer\.(embeddings|layernorm|layers\.\d+\.(attention|text_feed_forward))\.")
+FROM_STAGE1 = re.compile(r"(^|\.)(qformer|ln_vision|query_tokens)\.")
 
 
 @dataclass
@@ -23,10 +28,21 @@ class NewModelArguments(RunArguments):
         None, "Q-Former config fields (a mapping; JSON on the command line) for random init."
     )
 
+    pretrained_lr_scale: float = doc(
+        1.0,
+        "Learning rate of parts that begin with trained weights, as a share of learning_rate, that of the new ones: the text "
+        "side from qformer_init in stage 1, Q-Former and queries from init_from in stage 2.",
+    )
+
     PATHS = (*RunArguments.PATHS, "init_from", "vision_model", "qformer_init")
-    RANGES = {**RunArguments.RANGES, "num_query_tokens": (1, BIG)}
+    RANGES = {**RunArguments.RANGES, "num_query_tokens": (1, BIG), "pretrained_lr_scale": (TINY, 1)}
     # Refused beside init_from: they would be read, have no effect, and stand in config.yaml as if they had.
     OF_NEW_MODELS = ("vision_model", "vision_feature_layer", "num_query_tokens", "qformer_init", "qformer_config")
+
+    @property
+    def pretrained(self) -> re.Pattern[str] | None:
+        """Names of the parameters that `pretrained_lr_scale` is for."""
+        return FROM_STAGE1 if self.init_from else FROM_BERT if self.qformer_init else None
 
     def required(self) -> list[str]:
         return super().required() + ([] if self.init_from else ["vision_model"])
@@ -37,6 +53,11 @@ class NewModelArguments(RunArguments):
             defaults = {item.name: item.default for item in fields(self)}
             given = [name for name in self.OF_NEW_MODELS if getattr(self, name) != defaults[name]]
             found += [f"--{name} has no effect with --init_from, which brings its own. Leave it out." for name in given]
+        if self.pretrained_lr_scale != 1.0 and self.pretrained is None:
+            found.append(
+                f"--pretrained_lr_scale is {self.pretrained_lr_scale}, but every trained part is new. Give --qformer_init or "
+                "--init_from, or leave it out."
+            )
         if self.qformer_init and self.qformer_config:
             found.append(
                 "--qformer_init and --qformer_config are both given. A BERT checkpoint brings its own shape: drop one."
@@ -89,7 +110,10 @@ class Stage1Arguments(NewModelArguments):
         "min_word_count": (1, BIG),
         "rerank_k": (0, BIG),
     }
-    OF_NEW_MODELS = (*NewModelArguments.OF_NEW_MODELS, "qformer_tokenizer", "image_text_hidden_size", "min_word_count")
+    OF_NEW_MODELS = (
+        *NewModelArguments.OF_NEW_MODELS,
+        *("qformer_tokenizer", "image_text_hidden_size", "min_word_count", "pretrained_lr_scale"),
+    )
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -111,6 +111,8 @@ class RunArguments(Arguments):
     # What only some trainings have as a field, and every training reads.
     prompt_column = None
     layer_decay = 1.0
+    pretrained_lr_scale = 1.0
+    pretrained = None
     load_in_4bit = False
 
     REQUIRED = ("output_dir", "dataset")

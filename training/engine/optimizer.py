@@ -19,18 +19,22 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float],
     layer_decay: float = 1.0,
+    pretrained: re.Pattern[str] | None = None,
+    pretrained_scale: float = 1.0,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; biases, norms and other 1-d parameters are not decayed.
 
     layer_decay: layer n of a vision tower of L layers trains at learning_rate * layer_decay ** (L - n), its embeddings
-    as layer -1, what comes after its layers and everything outside the tower at learning_rate. A group carries its factor
-    as `lr_scale`.
+    as layer -1, what comes after its layers and everything outside the tower at learning_rate. Parameters whose names
+    `pretrained` finds train at learning_rate * pretrained_scale. A group carries its factor as `lr_scale`.
     """
     depth = tower_depth(model)
     groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = layer_decay ** layers_above(name, depth)
+            if pretrained is not None and pretrained.search(name):
+                scale *= pretrained_scale
             groups.setdefault((scale, parameter.ndim >= 2), []).append(parameter)
     return torch.optim.AdamW(
         [

@@ -83,6 +83,8 @@ def train(
         weight_decay=args.weight_decay,
         betas=(args.adam_beta1, args.adam_beta2),
         layer_decay=args.layer_decay,
+        pretrained=args.pretrained,
+        pretrained_scale=args.pretrained_lr_scale,
     )
     plan_sharding(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
