@@ -14,6 +14,8 @@ from .configuration_blip2x import Blip2xConfig, Blip2xQFormerConfig
 from .qformer_blip2x import QFormer
 from .vision_blip2x import without_final_norm
 
+NORMED = 4096  # words whose norms tell that of a vocabulary
+
 
 @dataclass
 class HandOver:
@@ -158,6 +160,7 @@ def build_generative(
     model = model_class(config, vision_model=tower, language_model=llm)
     if isinstance(qformer, str):
         load_bert(model.model.qformer, AutoModel.from_pretrained(qformer).state_dict())
+    fit_soft_prompt(model)
     return model
 
 
@@ -187,12 +190,35 @@ def hand_over(
     source, target = stage1.state_dict(), model.state_dict()
     shared = {name: tensor for name, tensor in source.items() if name in target}
     model.load_state_dict(shared, strict=False)
+    fit_soft_prompt(model)
     report = HandOver(
         loaded=list(shared),
         dropped=[name for name in source if name not in target],
         new=[name for name in target if name not in source],
     )
     return model, report
+
+
+@torch.no_grad()
+def fit_soft_prompt(model: nn.Module) -> None:
+    """Scale the new projection so that the soft prompt starts at the mean norm of the language model's embeddings.
+
+    Query outputs leave a LayerNorm, so their mean square is |weight|^2 + |bias|^2 over its channels, whatever the image, and
+    that of their projection by random weights is |projection|^2 / channels times as much. Unscaled, a prompt of several
+    times the norm of words drowns in the residual stream what the first layers add to it.
+    """
+    norm, projection = model.model.qformer.layers[-1].query_feed_forward.layernorm, model.language_projection
+    mean_square = norm.weight.float().square().sum() + norm.bias.float().square().sum()
+    start = (mean_square / len(norm.weight)).sqrt() * projection.weight.float().norm()
+    projection.weight.mul_(embedding_norm(model.get_input_embeddings()) / start)
+
+
+def embedding_norm(embeddings: nn.Module) -> float:
+    """Mean norm of what a language model's embedding layer gives, over at most NORMED of its words, evenly chosen."""
+    rows = getattr(embeddings, "num_embeddings", len(embeddings.weight))  # an adapter's wrapper has the weight alone
+    ids = torch.arange(0, rows, max(1, rows // NORMED), device=embeddings.weight.device)
+    # By the layer, not from its weight: Gemma 3 scales there, by the root of its width.
+    return embeddings(ids).float().norm(dim=-1).mean().item()
 
 
 def fit_image_token(language_model: nn.Module, image_token_index: int) -> None:

@@ -10,6 +10,8 @@ from transformers import (
     BertModel,
     CLIPConfig,
     CLIPModel,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     GPT2Model,
 )
@@ -175,3 +177,36 @@ def test_summary_counts_parameters():
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.model.vision_model.parameters())
     assert f"{trained:,}" in text and f"{frozen:,}" in text and "vision_model" in text
+
+
+def gemma(scaled: bool):
+    """Gemma 3 scales in its embedding layer, Gemma after it, by the root of its width: what is passed in is scaled too."""
+    config = (Gemma3TextConfig if scaled else GemmaConfig)(
+        vocab_size=70, hidden_size=32, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config)
+
+
+FAMILIES = {name: lambda name=name: language_model(name) for name in LANGUAGE_MODELS}
+FAMILIES |= {"gemma": lambda: gemma(False), "gemma3": lambda: gemma(True)}
+
+
+@pytest.mark.parametrize("after_stage1", (False, True))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_soft_prompt_starts_at_the_norm_of_the_embeddings(family, after_stage1):
+    llm = FAMILIES[family]()
+    words = llm.get_input_embeddings()(torch.arange(69)).norm(dim=-1).mean().item()
+    if after_stage1:
+        first = stage1()
+        with torch.no_grad():  # trained norms are neither 1 nor 0
+            norm = first.model.qformer.layers[-1].query_feed_forward.layernorm
+            norm.weight.uniform_(0.2, 0.9)
+            norm.bias.normal_(0, 0.3)
+        model = Blip2xForConditionalGeneration.from_stage1(first, llm, image_token_index=69)
+    else:
+        qformer = Blip2xQFormerConfig(**qformer_config())
+        model = Blip2xForConditionalGeneration.from_unimodal(vision_model(), llm, qformer, image_token_index=69)
+    prompt = model.eval().get_image_features(batch()["pixel_values"]).pooler_output
+    # 32 channels of random weights: a fifth of scatter; unscaled it is a tenth to seven times as long.
+    assert prompt.norm(dim=-1).mean().item() == pytest.approx(words, rel=0.25)
