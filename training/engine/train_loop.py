@@ -100,7 +100,7 @@ def train(
 
     with StopSignal(accelerator.is_main_process) as stop:
         for step in range(state["step"] + 1, max_steps + 1):
-            rate = schedule.rate_at(step - 1)
+            rate, is_logged = schedule.rate_at(step - 1), step % args.logging_steps == 0 or step == max_steps
             set_learning_rate(optimizer, rate)
             micro_batches, losses = [next(batches) for _ in range(forwards)], []
             tokens = tokens_per_forward(accelerator, micro_batches, task.count_tokens)
@@ -108,7 +108,8 @@ def train(
                 batch = send_to_device(batch, accelerator.device, non_blocking=True)
                 inputs = batch | task.inputs_of((step - 1) * forwards + micro) | {"num_items_in_batch": tokens}
                 with accelerator.accumulate(model):
-                    outputs = task.step(accelerator, model, inputs)
+                    with query_similarity(accelerator.unwrap_model(model), active=is_logged) as similarity:
+                        outputs = task.step(accelerator, model, inputs)
                     losses.append(losses_of(outputs))
                     if accelerator.sync_gradients:
                         meter.grad_norm = gradient_norm(accelerator, model)
@@ -118,15 +119,13 @@ def train(
                         clip_gradients(model, args.max_grad_norm, meter.grad_norm)
                     optimizer.step()
                     optimizer.zero_grad()
-                size = len(next(iter(batch.values()))) * accelerator.num_processes
-                samples_seen += size
-                meter.add(outputs, size)
+                samples_seen += meter.add(outputs, len(next(iter(batch.values()))) * accelerator.num_processes)
             if averages is not None:
                 averages.update()
 
             progress.update()
-            if step % args.logging_steps == 0 or step == max_steps:
-                line = {"step": step, **meter.read(accelerator), "lr": rate}
+            if is_logged:
+                line = {"step": step, **meter.read(accelerator), **similarity, "lr": rate}
                 log(accelerator, output_dir, line)
                 watch.look(line)
                 progress.set_postfix(shown(line))

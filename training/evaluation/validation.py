@@ -17,6 +17,7 @@ from ..data.order import BatchOrder, EpochOrder
 from ..data.token_counts import text_tokens
 from ..metrics.retrieval_recall.scores import recall_at_k
 from ..reporting.meter import measured
+from .image_worth import image_worth
 from .retrieval import RetrievalSet, rerank
 from .writing import score_itg, score_language, share_work
 
@@ -73,7 +74,8 @@ def validate_language(
     batch_size: int,
     samples: int,
 ) -> dict[str, float]:
-    """Stage 2 and its fine-tuning: loss and token accuracy over every row; what is written for the first `samples` rows."""
+    """Stage 2 and its fine-tuning: loss and token accuracy over every row; what is written for the first `samples` rows,
+    and what their images are worth."""
     if dataset is None:
         return {}
     rows = range(accelerator.process_index, len(dataset), accelerator.num_processes)
@@ -84,6 +86,8 @@ def validate_language(
     figures = token_accuracy(accelerator, model, batches, own)
     if samples:
         figures |= score_language(accelerator, model, processor, dataset, collator, batch_size, samples)
+        worth = image_worth(accelerator, model, dataset, collator, dataset.image_ids[:samples], batch_size)
+        figures |= {f"eval_{name}": value for name, value in worth.items()}
     return figures
 
 

@@ -18,6 +18,7 @@ from ..data.collators import CausalLMCollator, Seq2SeqLMCollator, Stage1Collator
 from ..metrics.caption.scores import caption_scores
 from ..metrics.exact_match.scores import exact_match
 from ..metrics.vqa_accuracy.scores import vqa_accuracy
+from .grounding import caption_grounding
 
 CAPTION_TOKENS, ANSWER_TOKENS = 30, 10
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -113,7 +114,9 @@ def score_language(
     write = language_writer(accelerator, model, processor, collator, max_new_tokens=tokens)
     texts = write_rows(accelerator, model, dataset, batch_size, samples, write)
     references = dataset.references[: len(texts)]
-    return answer_figures(texts, references) if dataset.asks else caption_figures(texts, references)
+    if dataset.asks:
+        return answer_figures(texts, references)
+    return caption_figures(texts, references, dataset.image_ids[: len(texts)])
 
 
 def score_itg(
@@ -129,7 +132,7 @@ def score_itg(
         return {}
     write = itg_writer(accelerator, model, collator, max_new_tokens=CAPTION_TOKENS)
     texts = write_rows(accelerator, model, dataset, batch_size, samples, write)
-    return caption_figures(texts, dataset.references[: len(texts)])
+    return caption_figures(texts, dataset.references[: len(texts)], dataset.image_ids[: len(texts)])
 
 
 def write_rows(
@@ -146,9 +149,11 @@ def write_rows(
     return share_work(accelerator, count, batch_size, lambda rows: write([dataset[0, row] for row in rows]))
 
 
-def caption_figures(texts: list[str], references: list[list[str]]) -> dict[str, float]:
-    scores = caption_scores(texts, references)
-    return {"eval_cider": scores["CIDEr"], "eval_bleu4": scores["Bleu_4"]}
+def caption_figures(texts: list[str], references: list[list[str]], images: list[int]) -> dict[str, float]:
+    """CIDEr and BLEU-4, 1 is 100 %, and whether the captions depend on their images: see `caption_grounding`."""
+    scores, grounding = caption_scores(texts, references), caption_grounding(texts, references, images)
+    figures = {"cider": scores["CIDEr"], "bleu4": scores["Bleu_4"]} | grounding
+    return {f"eval_{name}": value for name, value in figures.items()}
 
 
 def answer_figures(texts: list[str], references: list[list[str]]) -> dict[str, float]:

@@ -9,6 +9,8 @@ CONSTANT_LOSS, CONSTANT_ACCURACY = 0.6365, 0.667  # entropy and accuracy of "no 
 NEAR = 0.01
 WINDOW = 50  # fewest steps to judge by: single lines are too noisy
 COLLAPSED = 0.99  # mean cosine of two queries of one image
+SETTLED = 50  # steps of training before queries are judged: they may start together
+SMALLEST_WORTH = 1e-3  # nats a token
 
 
 class Watch:
@@ -20,12 +22,22 @@ class Watch:
 
     def look(self, line: dict) -> None:
         """A line of training, after warm-up gathered to windows, or of validation."""
-        if line.get("query_similarity", 0.0) > COLLAPSED:
+        if line.get("query_similarity", 0.0) > COLLAPSED and ("lr" not in line or line["step"] >= SETTLED):
             self.tell(
                 "queries",
                 f"Step {line['step']}: the queries have collapsed onto one another (mean cosine of their outputs "
-                f"{line['query_similarity']:.3f}), so all of them tell the same of an image. Start over with a lower "
-                "--learning_rate or more --warmup_steps.",
+                f"{line['query_similarity']:.3f}), so all of them tell the same of an image. Start stage 1 over with "
+                "--query_spread 1 and no dropout, which keeps them apart; stage 2, from such a stage 1, with a lower "
+                "--pretrained_lr_scale, --learning_rate or more --warmup_steps.",
+            )
+        worth = line.get("eval_image_worth", float("inf"))
+        if worth < max(2 * line.get("eval_image_worth_error", 0.0), SMALLEST_WORTH):
+            self.tell(
+                "image",
+                f"Step {line['step']}: the images are worth nothing to the language model: with those of other rows its loss "
+                f"rises by {worth:.4f} nats a token, give or take {line.get('eval_image_worth_error', 0.0):.4f}, so what it "
+                "writes does not depend on them. It may come with more steps; else look at stage 1 (its retrieval, "
+                "query_similarity) and lower --pretrained_lr_scale, so that what stage 1 has learned is kept.",
             )
         if "loss_itm" not in line or "lr" not in line or line["step"] <= self.warmup_steps:
             return
@@ -51,12 +63,16 @@ class Watch:
 
 
 @contextmanager
-def query_similarity(model: torch.nn.Module) -> Iterator[dict[str, float]]:
+def query_similarity(model: torch.nn.Module, active: bool = True) -> Iterator[dict[str, float]]:
     """Context in which the first batch that passes the Q-Former fills the dict: `query_similarity`, no extra forward.
 
-    The mean cosine of two different query outputs of one image: 1 when all queries are alike.
+    The mean cosine of two different query outputs of one image: 1 when all queries are alike. Nothing unless `active`: a
+    device has to be waited for.
     """
     figures = {}
+    if not active:
+        yield figures
+        return
 
     def read(layer, arguments, output) -> None:
         num_queries = arguments[1]

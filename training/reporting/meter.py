@@ -37,11 +37,13 @@ class Meter:
         self.sums: dict[str, torch.Tensor] = {}
         self.forwards, self.samples, self.start, self.grad_norm = 0, 0, time.perf_counter(), None
 
-    def add(self, outputs, samples: int) -> None:
+    def add(self, outputs, samples: int) -> int:
+        """Count a forward; returns its samples."""
         for name, value in measured(outputs).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.forwards += 1
         self.samples += samples
+        return samples
 
     def read(self, accelerator: Accelerator) -> dict:
         """Means over forwards and processes; starts the next window."""
