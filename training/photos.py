@@ -26,7 +26,9 @@ SMALL_QFORMER = {  # for a Q-Former that starts from nothing: BERT's shape would
     "num_attention_heads": 6,
     "intermediate_size": 1536,
     "max_position_embeddings": 64,
-    "initializer_range": 0.033,  # .65 / sqrt(hidden_size), as trim_bert.py's
+    "initializer_range": 0.033,  # .65 / sqrt(hidden_size)
+    "hidden_dropout_prob": 0.0,  # as BERT's below: the noise of dropout would pass for a distance between queries
+    "attention_probs_dropout_prob": 0.0,
 }
 # Seconds on two cores of Flickr8k's run (docs/photos.md): an image through MobileNetV2, a pair of each stage's step with
 # SmolLM2-135M, an image captioned by either with 3 beams, and ranked.
@@ -96,7 +98,7 @@ def run(args: PhotosArguments) -> None:
 
     def cut_bert() -> None:
         if not (bert / "config.json").exists():
-            spread = ["--initializer_range", "0.033"]
+            spread = ["--initializer_range", "0.033", "--dropout", "0"]
             trim_bert.main(
                 ["--bert", args.qformer_init, *data[:2], *texts, "--train_split", plan.train_split, *spread]
                 + ["--output_dir", str(bert)]
@@ -112,7 +114,8 @@ def run(args: PhotosArguments) -> None:
     training += ["--feature_cache", str(features), "--augment", "false", "--seed", str(args.seed), *bf16]
 
     def stage1() -> None:
-        new = ["--qformer_init", str(bert)] if args.qformer_init else ["--qformer_config", json.dumps(SMALL_QFORMER)]
+        begun = ["--qformer_init", str(bert), "--pretrained_lr_scale", "0.33"]
+        new = begun if args.qformer_init else ["--qformer_config", json.dumps(SMALL_QFORMER)]
         pretrain_stage1.main(
             ["--config", str(CONFIGS / "photos_stage1.yaml"), "--output_dir", str(first), *training, *new]
             + ["--vision_model", args.vision_model, *schedule(plan.stage1)]
