@@ -31,7 +31,14 @@ from blip2x_training.evaluation.fields import FREE, EvaluationArguments, choose_
 from blip2x_training.evaluation.itc_score import score_by_itc
 from blip2x_training.evaluation.journal import Journal
 from blip2x_training.evaluation.lemmatizer import load_lemmatizer
-from blip2x_training.evaluation.predict import Predictions, choose, drop_unreadable, retrieve, write_texts
+from blip2x_training.evaluation.predict import (
+    Predictions,
+    choose,
+    drop_unreadable,
+    retrieve,
+    worth_of_images,
+    write_texts,
+)
 from blip2x_training.evaluation.published import PUBLISHED
 from blip2x_training.evaluation.report.card import write_card
 from blip2x_training.evaluation.report.page import write_report
@@ -69,6 +76,7 @@ def run(args: EvaluationArguments, accelerator: Accelerator) -> None:
     with torch.no_grad():
         predicted = predict(args, accelerator, checkpoint, data, journal, candidates)
     itc = score_by_itc(args, accelerator, data, predicted.found) if args.scorer else {}
+    worth = worth_of_images(args, accelerator, checkpoint, data, predicted.found)
     if accelerator.is_main_process:
         records, skipped = make_records(
             data.samples, predicted.found, [data.name(sample.row) for sample in data.samples]
@@ -82,7 +90,7 @@ def run(args: EvaluationArguments, accelerator: Accelerator) -> None:
             "name": Path(args.model).name if Path(args.model).exists() else args.model,
             "protocol": protocol,
             "main_metric": main_metric,
-            "metrics": metrics | itc,
+            "metrics": metrics | worth | itc,
             "published": PUBLISHED.get(args.benchmark, {}),
             "counts": counts(records, skipped),
             "notes": notes,

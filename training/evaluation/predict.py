@@ -13,11 +13,13 @@ from ..metrics.retrieval_recall.scores import ranks, retrieval_recall
 from .choosing import candidate_ranker, class_ranker
 from .evaluated_model import Checkpoint
 from .fields import EvaluationArguments
+from .image_worth import image_worth
 from .journal import Journal
 from .retrieval import RetrievalSet, match_shortlists, mode_scores, ranked_scores, shortlists
 from .samples import EvaluationSet
 from .writing import itg_writer, language_writer, share_work
 
+WORTH_ROWS = 200  # whose loss is computed with their own and with another image: a look, not a second evaluation
 TOP = 5  # candidates and texts that predictions.json lists
 
 
@@ -97,6 +99,31 @@ def predict_all(
     results = share_work(accelerator, len(data), args.batch_size, work, journal)
     bar.close()
     return results
+
+
+def worth_of_images(
+    args: EvaluationArguments, accelerator: Accelerator, checkpoint: Checkpoint, data: EvaluationSet, found: list[dict]
+) -> dict[str, float]:
+    """What images are worth to a language model's loss on the first reference, over at most WORTH_ROWS samples that it
+    has written for: see `image_worth`. Empty for what has no language model or no references."""
+    if checkpoint.stage == 1 or args.task not in ("caption", "vqa"):
+        return {}
+    usable = [n for n, sample in enumerate(data.samples) if sample.references and "skipped" not in found[n]]
+    usable = usable[:WORTH_ROWS]
+    items = Subset(data, usable)
+    images = [data.samples[number].image_id for number in usable]
+    collator = checkpoint.language_collator()
+    return image_worth(accelerator, checkpoint.model, items, collator, images, args.batch_size)
+
+
+class Subset:
+    """Some samples of a data set, under their places among these; `draw` splits a text that has no prompt in the middle."""
+
+    def __init__(self, data: EvaluationSet, numbers: list[int]):
+        self.data, self.numbers = data, numbers
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        return self.data[key[0], self.numbers[key[1]]] | {"draw": 0.5}
 
 
 def drop_unreadable(accelerator: Accelerator, data: EvaluationSet, batch_size: int) -> None:

@@ -12,6 +12,7 @@ from ..metrics.exact_match.scores import exact_match
 from ..metrics.vqa_accuracy.scores import answer_accuracy, vqa_accuracy
 from ..metrics.wups.scores import wups
 from .fields import EvaluationArguments
+from .grounding import caption_grounding
 from .published import OFFICIAL_SIZE, PUBLISHED
 from .samples import Sample
 from .writing import ANNOTATORS
@@ -26,7 +27,7 @@ MAIN = {  # what a report shows first
 
 def score_captions(records: list[dict], java: bool, notes: list[str]) -> dict[str, float]:
     """COCO's figures; also by NoCaps' domains, each with the document frequencies of its own references, as its server
-    scores them. Gives each record its CIDEr as `score`. CIDEr of a single image is 0 whatever it says, so it is left out."""
+    scores them, and what `caption_grounding` tells. Gives each record its CIDEr as `score`. CIDEr of a single image is 0 whatever it says, so it is left out."""
     parts = {"": records}
     for domain in sorted({record["groups"].get("domain") for record in records} - {None}):
         parts[f"_{NOCAPS.get(domain, domain)}"] = [one for one in records if one["groups"].get("domain") == domain]
@@ -46,6 +47,10 @@ def score_captions(records: list[dict], java: bool, notes: list[str]) -> dict[st
     notes += dict.fromkeys(str(warning.message) for warning in own)
     if len(records) > 1:
         texts, references = [record["prediction"] for record in records], [record["references"] for record in records]
+        grounding = caption_grounding(texts, references, [record["image_id"] for record in records])
+        if "cider_other_images" in grounding:
+            figures["CIDEr_other_images"] = 100 * grounding.pop("cider_other_images")
+        figures |= grounding
         for record, score in zip(records, caption_scores_per_image(texts, references)["CIDEr"]):
             record["score"] = 100 * score
     return figures

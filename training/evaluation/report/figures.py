@@ -8,6 +8,11 @@ NAMES = {
     "itc_score_references": "ITC score of the references",
     "vqa_accuracy": "VQA accuracy",
     "ROUGE_L": "ROUGE-L",
+    "CIDEr_other_images": "CIDEr, images exchanged",
+    "unique_texts": "different texts",
+    "commonest_text": "the commonest text, percent",
+    "image_worth": "worth of the image, nats",
+    "image_worth_error": "its standard error",
     "top1": "top 1",
     "top5": "top 5",
 }
