@@ -12,6 +12,7 @@ from blip2x_training.evaluation.grounding import caption_grounding, others, vari
 from blip2x_training.evaluation.image_worth import image_worth
 from blip2x_training.metrics.caption.scores import caption_scores
 from blip2x_training.reporting.health import Watch
+from tests.helpers.evaluation_parts import coco_file, evaluate, make_photos, make_stage1, make_stage2, texts_of
 from tests.helpers.training_parts import SMALL_QFORMER, make_image_folder, make_language_model, make_vision_model
 from tests.helpers.training_runs import metrics
 
@@ -106,3 +107,20 @@ def test_stage2_logs_them(tmp_path):
     assert {"eval_unique_texts", "eval_commonest_text", "eval_cider_other_images"} <= validated.keys()
     assert math.isfinite(validated["eval_image_worth"]) and validated["eval_image_worth_error"] >= 0
     assert -1 <= trained["query_similarity"] <= 1, "in training too"
+
+
+@pytest.mark.parametrize(("make", "llm"), [(make_stage2, "opt"), (make_stage2, "t5"), (make_stage1, None)])
+def test_evaluation_tells_them(make, llm, tmp_path):
+    count = 10
+    photos = make_photos(tmp_path / "photos", count=count)
+    captions = {number: [f"a {number} in the snow", f"number {number}"] for number in range(1, count + 1)}
+    data = coco_file(tmp_path / "captions.json", captions)
+    model = make(tmp_path / "model", llm) if llm else make(tmp_path / "model")
+    found, records = evaluate(tmp_path / "out", model=model, task="caption", data=data, image_folder=photos)
+    texts, partner = texts_of(records), others(list(captions))
+    exchanged = caption_scores([texts[row] for row in partner], list(captions.values()))["CIDEr"]
+    assert found["metrics"]["CIDEr_other_images"] == pytest.approx(100 * exchanged)
+    assert found["metrics"]["unique_texts"] == len(set(texts))
+    assert ("image_worth" in found["metrics"]) == (llm is not None)
+    if llm:
+        assert found["metrics"]["image_worth_error"] > 0 and abs(found["metrics"]["image_worth"]) < 5

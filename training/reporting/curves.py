@@ -50,6 +50,8 @@ def choose_panels(lines: list[dict]) -> list[tuple[str, list[str]]]:
         ("validation losses", evaluated),
         ("retrieval by ITC, percent", recalls),
         ("accuracies, query similarity, temperature", shares),
+        ("captions: CIDEr with own and with other images", [name for name in names if name.startswith("eval_cider")]),
+        ("worth of the image, nats a token", [name for name in names if name == "eval_image_worth"]),
         ("learning rate", [name for name in names if name == "lr"]),
         ("gradient norm", [name for name in names if name == "grad_norm"]),
     ]
