@@ -1,4 +1,4 @@
-# From a bare clone: make demo, make test, make test-latest. Needs make and Python 3.10 or newer with venv, nothing else.
+# From a bare clone: make demo, make photos DATASET=DIR, make test, make test-latest. Needs make and Python 3.10 or newer with venv, nothing else.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,10 +6,19 @@ OUTPUT ?= runs/quickstart
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install browser lint docs test test-slow test-latest test-oldest clean
+.PHONY: demo photos install browser lint docs test test-slow test-latest test-oldest clean
 
 demo: $(INSTALLED)
 	$(BIN)/python training/quickstart.py --output_dir $(OUTPUT)
+
+# Both stages on your photos: make photos DATASET=DIR. What a folder needs: docs/data.md; what to expect: docs/photos.md.
+VISION_MODEL ?= google/mobilenet_v2_1.0_224
+LANGUAGE_MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+photos: OUTPUT := $(if $(filter command line environment,$(origin OUTPUT)),$(OUTPUT),runs/photos)
+photos: $(INSTALLED)
+	@test -n '$(DATASET)' || { echo 'error: no photos. Pass their folder: make photos DATASET=DIR'; exit 2; }
+	$(BIN)/python training/photos.py --dataset '$(DATASET)' --vision_model '$(VISION_MODEL)' \
+	--language_model '$(LANGUAGE_MODEL)' --output_dir '$(OUTPUT)'
 
 install: $(INSTALLED)
 
