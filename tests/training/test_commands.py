@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("stage1", "stage2", "finetune", "evaluate", "cache", "capfilt", "convert")
+COMMANDS = ("stage1", "stage2", "finetune", "evaluate", "cache", "capfilt", "convert", "photos")
 
 
 def run(*words: str | Path, cwd: Path, site: Path | None = None) -> subprocess.CompletedProcess:
