@@ -1,4 +1,5 @@
-"""Seventeen hundred broken inputs: each is used, or refused in a sentence. Slow; run by make test-slow."""
+"""Eighteen hundred broken inputs: each is used, or refused in a sentence; 300 more are requests, in
+tests/space/test_space_fuzz.py. Slow; run by make test-slow."""
 
 import json
 import shutil
@@ -13,7 +14,7 @@ from blip2x_training.data.formats import image_start, load_rows
 from modeling_blip2x.convert import convert
 from tests.helpers.mutations import broken_bytes, broken_json, outcomes
 from tests.helpers.official_checkpoints import golden_config, write_official
-from tests.helpers.training_parts import make_image_folder, make_tars
+from tests.helpers.training_parts import make_image_folder, make_tars, make_vision_model, run_stage1
 
 pytestmark = pytest.mark.slow
 
@@ -105,3 +106,26 @@ def test_fields_for_the_conversion(tmp_path):
         shutil.rmtree(out)
 
     check(100, attempt, 30)
+
+
+def test_state_of_a_run(tmp_path):
+    """What a run finds in its folder when it goes on: its state, lines of metrics, checksums, weights."""
+    dataset, tower = make_image_folder(tmp_path / "data", {"train": 8}), make_vision_model(tmp_path / "tower")
+    begun = tmp_path / "begun"
+    run_stage1(dataset, tower, begun, "--max_steps", "2", "--save_steps", "1")
+    files = [path for path in sorted(begun.rglob("*")) if path.is_file() and path.suffix != ".png"]
+    files = [path.relative_to(begun) for path in files if "tensorboard" not in path.parts]
+    assert {"state.json", "metrics.jsonl", "config.yaml"} <= {path.name for path in files}
+    out = tmp_path / "out"
+
+    def attempt(random_):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(begun, out)
+        broken = out / random_.choice(files)
+        if broken.suffix == ".json" and random_.random() < 0.6:
+            broken.write_text(json.dumps(broken_json(json.loads(broken.read_text()), random_)))
+        else:
+            broken.write_bytes(broken_bytes(broken.read_bytes(), random_))
+        run_stage1(dataset, tower, out, "--max_steps", "3", "--save_steps", "1")
+
+    check(100, attempt, 10)
