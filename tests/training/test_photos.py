@@ -52,7 +52,7 @@ def test_one_command_makes_models_figures_and_a_report(finished):
     records = json.loads((output / "evaluation" / "stage2_captions" / "predictions.json").read_text())
     assert page.count("<article") == 2 and all(record["references"][0] in page for record in records)
     assert page.count("data:image/png;base64,") == 2, "the curves of both stages"
-    assert "18 photos show that everything works" in page
+    assert "18 photos show that everything works" in page and "python training/pretrain_stage1.py --config" in page
 
 
 def test_the_same_command_again_does_nothing_anew(finished, capsys):

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from ..evaluation.report.page import embedded
 from ..evaluation.samples import EvaluationSet
 from ..reporting.curves import draw_curves
 from ..system.atomic_files import write_whole
+from .parts import Part
 from .plan import Plan
 from .time_left import Progress
 
@@ -31,8 +33,9 @@ EVALUATIONS = {  # folder: heading, metrics and how they are called; all of them
 }
 
 
-def write_report(output_dir: Path, arguments: dict, plan: Plan, progress: Progress) -> Path:
-    """Write report.html, a page in one file; returns its path."""
+def write_report(output_dir: Path, args, plan: Plan, parts: dict[str, Part], progress: Progress) -> Path:
+    """Write report.html, a page in one file; returns its path. args: PhotosArguments."""
+    arguments = asdict(args)
     scored = output_dir / "evaluation"
     tables = []
     for folder, (title, names) in EVALUATIONS.items():
@@ -48,6 +51,7 @@ def write_report(output_dir: Path, arguments: dict, plan: Plan, progress: Progre
         curves=[{"title": f"Stage {number}", "source": curves_of(output_dir / f"stage{number}")} for number in (1, 2)],
         cards=cards_of(output_dir, arguments, plan),
         arguments=[(name.replace("_", " "), value) for name, value in arguments.items() if value is not None],
+        commands="\n\n".join(part.command for part in parts.values()),
         times=str(progress),
         versions=f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads",
     )

@@ -1,9 +1,14 @@
 """How long to train on how many photos, and what to expect of it."""
 
 import contextlib
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from ..data.caption_dataset import read_captions
 from ..data.formats import load_rows
+from ..system.atomic_files import write_whole
+from ..system.json_lines import read_json_object
 
 # Passes over the captions, and the most steps: those of the recipe on Flickr8k's 30 000 (docs/photos.md). Fewest steps: with
 # fewer, ITC has not left chance, whatever the data.
@@ -58,6 +63,32 @@ class Plan:
             "training photos, and figures that change with every seed. Some thousands make a model that captions new photos "
             "(docs/photos.md has the figures of 6000); for few, finetune.py on a checkpoint that was trained on many is better."
         )
+
+
+def kept_plan(args) -> Plan:
+    """The plan of an output folder, made at its first run and kept in plan.json; args: PhotosArguments.
+
+    Raises ValueError for a folder that was made with other arguments.
+    """
+    kept = Path(args.output_dir) / "plan.json"
+    asked = {name: value for name, value in asdict(args).items() if name != "output_dir"}
+    if kept.exists():
+        known = read_json_object(kept, "Choose another --output_dir.")
+        other = [name for name, value in asked.items() if known["arguments"].get(name) != value]
+        if other:
+            was = known["arguments"].get(other[0])
+            raise ValueError(
+                f"{args.output_dir} was made with --{other[0]} {was}, not {asked[other[0]]}. Pass that to continue it, or "
+                "another --output_dir."
+            )
+        return Plan.read(known["plan"])
+    splits = choose_splits(args.dataset, args.image_folder, args.train_split, args.eval_split)
+    trained, validated = (load_rows(args.dataset, split, args.image_folder) for split in splits)
+    texts = read_captions(trained, args.text_column, True)
+    plan = make_plan(splits, len(trained), len(texts), len(validated), (args.stage1_steps, args.stage2_steps))
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, json.dumps({"arguments": asked, "plan": asdict(plan)}, indent=1).encode())
+    return plan
 
 
 def choose_splits(dataset: str, image_folder: str | None, train: str, validation: str | None) -> tuple[str, str]:
