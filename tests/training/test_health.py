@@ -48,6 +48,15 @@ def test_collapsed_queries_are_told_once():
     assert len(said) == 1 and said[0].startswith("warning: Step 2: the queries have collapsed")
 
 
+def test_similarity_is_exact_under_autocast():
+    """bfloat16 would make 1.0000 of .9990, and collapse of what is none."""
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(2, 1, 64, generator=generator) + 0.05 * torch.randn(2, 4, 64, generator=generator)
+    expected = mean_cosine(queries)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mean_cosine(queries) == expected and 0.99 < expected < 0.999
+
+
 def test_query_similarity_is_that_of_the_outputs_of_the_first_batch():
     model = tiny.stage1().eval()
     batch = tiny.batch()

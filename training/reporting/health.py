@@ -89,7 +89,8 @@ def query_similarity(model: torch.nn.Module, active: bool = True) -> Iterator[di
 @torch.no_grad()
 def mean_cosine(queries: torch.Tensor) -> float:
     """Of all pairs of different rows, queries (B, Q, H)."""
-    unit = torch.nn.functional.normalize(queries.float(), dim=-1)
-    cosines = unit @ unit.transpose(1, 2)
+    with torch.autocast(queries.device.type, enabled=False):  # bfloat16 knows cosines near 1 to 1/256 only
+        unit = torch.nn.functional.normalize(queries.float(), dim=-1)
+        cosines = unit @ unit.transpose(1, 2)
     count = queries.shape[1]
     return ((cosines.sum(dim=(1, 2)) - count) / (count * (count - 1))).mean().item()
