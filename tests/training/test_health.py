@@ -9,7 +9,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from blip2x_training import pretrain_stage1
-from blip2x_training.reporting.curves import choose_panels, draw_curves
+from blip2x_training.reporting.curves import choose_panels, draw_curves, lines_to_draw
 from blip2x_training.reporting.health import Watch, mean_cosine, query_similarity
 from blip2x_training.reporting.trackers import choose_tracker
 from tests.helpers import tiny
@@ -94,6 +94,16 @@ def test_curves_are_drawn(run):
         "lr"
     ]
     assert 0 < lines[-1]["query_similarity"] <= 1
+
+
+def test_curves_of_a_long_run_are_thinned_and_keep_every_validation():
+    lines = [json.dumps({"step": step, "loss": 1.0, "lr": 1e-4}).encode() for step in range(1, 10_002)]
+    validated = [json.dumps({"step": step, "eval_loss": 1.0}).encode() for step in (1, 5000, 10_001)]
+    kept = lines_to_draw(sorted([*lines, *validated], key=lambda line: json.loads(line)["step"]))
+    steps = [json.loads(line)["step"] for line in kept if b"lr" in line]
+    assert [line for line in kept if b"lr" not in line] == validated
+    assert 1500 < len(steps) <= 2000 and steps[-1] == 10_001 and len({b - a for a, b in zip(steps, steps[1:])}) == 1
+    assert lines_to_draw(lines[:2000]) == lines[:2000]
 
 
 def test_curves_of_nothing_are_no_file(tmp_path):

@@ -197,7 +197,7 @@ def test_full_disk_at_the_very_end_leaves_the_checkpoints(fields, whole, tmp_pat
     assert_same(out, whole)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_signals_save_and_exit(fields, whole, tmp_path, number, code):
     """Also when the loader's workers get the signal too, as from a terminal or a batch system."""
     out = tmp_path / "out"

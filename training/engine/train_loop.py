@@ -74,7 +74,7 @@ def train(
         made_from: kept in each checkpoint, for a run that continues from it.
 
     Returns the averaged weights, if any. Raises FloatingPointError when a loss or a gradient is not finite, on any process,
-    and SystemExit(128 + signal) after Ctrl-C or SIGTERM.
+    and SystemExit(128 + signal) after Ctrl-C, SIGTERM or SIGUSR1.
     """
     output_dir, max_steps, forwards = Path(args.output_dir), schedule.max_steps, args.gradient_accumulation_steps
     optimizer = build_optimizer(

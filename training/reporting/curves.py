@@ -6,11 +6,12 @@ from pathlib import Path
 from ..system.atomic_files import whole_file
 
 PER_COLUMN = 2
+MOST_POINTS = 2000  # of training that a curve is drawn through: a picture shows no more, and a long run has 250 000 lines
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
     """Draw the lines of metrics.jsonl: a panel each for the losses, validation losses, learning rate, other figures."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in lines_to_draw(metrics.read_bytes().splitlines())]
     panels = [panel for panel in choose_panels(lines) if panel[1]]
     if not panels:
         return
@@ -55,3 +56,10 @@ def choose_panels(lines: list[dict]) -> list[tuple[str, list[str]]]:
         ("learning rate", [name for name in names if name == "lr"]),
         ("gradient norm", [name for name in names if name == "grad_norm"]),
     ]
+
+
+def lines_to_draw(lines: list[bytes]) -> list[bytes]:
+    """All lines of validations, and of training evenly MOST_POINTS at most, the last one among them; none is read for it."""
+    of_training = [number for number, line in enumerate(lines) if b'"lr":' in line]
+    left_out = set(of_training) - set(of_training[:: -max(1, -(-len(of_training) // MOST_POINTS))])
+    return [line for number, line in enumerate(lines) if number not in left_out]
