@@ -1,9 +1,15 @@
 """The order of visits: every row once an epoch, the same whatever the processes and interruptions, mixed by weight."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from blip2x_training.data import order as order_module
+from blip2x_training.data.first_order import FirstEpochOrder
+from blip2x_training.data.keyed_permutation import KeyedPermutation
 from blip2x_training.data.order import BLOCK, GROUP, BatchOrder, EpochOrder, WeightedOrder, block_shares, visit_order
+from blip2x_training.engine.checkpoint import order_of
 
 SHARDS = np.repeat(np.arange(20), [7, 1, 12, 5] * 5)  # 125 rows of 20 shards
 
@@ -75,3 +81,60 @@ def test_without_weights_data_sets_are_visited_by_size():
     tars = np.repeat(np.arange(10), 1000)
     rows = [row for _, row in visits(visit_order([10_000, 10_000], [None, tars], None, seed=5), 20_000)]
     assert sorted(rows) == list(range(20_000)) and 100 < sum(row < 10_000 for row in rows[:500]) < 400
+
+
+@pytest.mark.parametrize("count", [*range(1, 40), 257, 1000, 4097])
+def test_a_computed_permutation_is_one_and_differs_by_key(count):
+    found = [[KeyedPermutation(count, key)(place) for place in range(count)] for key in ((1, 0), (1, 1), (2, 0))]
+    assert all(sorted(one) == list(range(count)) for one in found)
+    assert count < 10 or found[0] != found[1] != found[2] != found[0]
+    with pytest.raises(IndexError):
+        KeyedPermutation(count, (1,))(count)
+
+
+def test_a_computed_permutation_mixes():
+    """Neighbours land far from one another, and each part of the rows is spread over all places."""
+    count = 100_000
+    found = np.array([KeyedPermutation(count, (7,))(place) for place in range(count)])
+    assert abs(np.corrcoef(found[1:], found[:-1])[0, 1]) < 0.02 and abs(np.corrcoef(found, range(count))[0, 1]) < 0.02
+    counted = np.histogram2d(found, np.arange(count), bins=10)[0]
+    assert np.abs(counted - 1000).max() < 150  # a deviation is about 30
+
+
+def test_large_data_sets_are_permuted_without_a_table(monkeypatch):
+    monkeypatch.setattr(order_module, "TABLE", 10)
+    for shards in (None, SHARDS):
+        order = EpochOrder(125, seed=3, shards=shards)
+        epochs = [[row for _, row in visits(order, 125, start)] for start in (0, 125)]
+        assert all(sorted(epoch) == list(range(125)) for epoch in epochs) and epochs[0] != epochs[1]
+        assert [order(position)[1] for position in (130, 3, 249, 0)] == [
+            epochs[1][5],
+            epochs[0][3],
+            epochs[1][124],
+            epochs[0][0],
+        ]
+
+
+def test_129_million_rows_in_12_900_shards_take_little_memory():
+    """Any position at once; a table would take a gigabyte, and a row of each shard's number another."""
+    rows, per_shard = 129_000_000, 10_000
+    order = EpochOrder(rows, seed=42)
+    order.starts = np.arange(0, rows + 1, per_shard)
+    tracemalloc.start()
+    found = [order(position) for position in (100_000_000, 128_999_999, 5, rows + 7)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [epoch for epoch, _ in found] == [0, 0, 0, 1] and len({row for _, row in found}) == 4
+    assert peak < 50e6
+    whole = EpochOrder(rows, seed=42)
+    assert 0 <= whole(100_000_000)[1] < rows and whole(100_000_000) != whole(100_000_001)
+
+
+def test_an_order_goes_on_with_the_version_that_it_began_with():
+    assert order_of({"step": 0}) == 2 and order_of({"step": 4}) == 1 and order_of({"step": 4, "order": 2}) == 2
+    shards = np.repeat(np.arange(30), 5)
+    old = visit_order([150], [shards], None, seed=1, version=1)
+    assert isinstance(old, FirstEpochOrder)
+    assert visits(old, 300) == visits(FirstEpochOrder(150, 1, shards), 300)
+    assert visits(old, 300) != visits(visit_order([150], [shards], None, seed=1), 300)
+    assert visits(FirstEpochOrder(150, 1), 300) == visits(EpochOrder(150, 1), 300), "without shards both are one"

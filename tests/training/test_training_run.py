@@ -20,6 +20,7 @@ from blip2x_training import caption_language, pretrain_stage1
 from blip2x_training.data.caption_dataset import CaptionDataset, Sampling
 from blip2x_training.data.collators import language_collator
 from blip2x_training.data.formats import load_rows
+from blip2x_training.engine.checkpoint import read_state
 from blip2x_training.evaluation import writing
 from tests.helpers.tiny import image
 from tests.helpers.training_parts import disable_adapters, make_image_folder, make_language_model, make_vision_model
@@ -240,6 +241,7 @@ def test_queries_are_kept_apart_by_a_flag_that_the_checkpoint_remembers(parts, t
     more = ["--output_dir", str(tmp_path / "paper"), "--init_from", str(out), "--query_spread", "0", "--max_steps", "1"]
     pretrain_stage1.main(["--dataset", str(parts / "data"), "--warmup_steps", "0", *more])
     assert "loss_spread" not in metrics(tmp_path / "paper")[0]
+    assert read_state(out)["order"] == 2, "of the visits, for a later version to go on with"
 
 
 def test_chunks_train_as_the_whole_batch(parts, tmp_path, capsys):

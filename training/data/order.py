@@ -4,10 +4,16 @@ No worker or process holds a state, so a run resumes from the number of samples 
 depend on the number of processes.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from .first_order import FirstEpochOrder
+from .keyed_permutation import KeyedPermutation
+
+VERSION = 2  # of the order, in the state of each checkpoint
+TABLE = 2**20  # rows of a permutation that is held, which takes 40 MB
 GROUP = 8  # shards whose rows are shuffled together
 PSEUDO_SHARD = 1000  # rows of a data set without shards that count as one beside data sets with shards
 BLOCK = 1000  # positions in which weighted data sets have exactly their shares
@@ -19,28 +25,58 @@ class EpochOrder:
 
     With `shards` (rows,), ascending, an epoch is a permutation of the shards, of which `GROUP` at a time are read and
     their rows permuted: reads stay within a few files. `stream` tells the permutations of several data sets apart.
+
+    Any position is found in milliseconds: of an epoch the permuted shards are in memory, and of the group that is read the
+    permuted rows, which are computed one by one where they are more than TABLE.
     """
 
     def __init__(self, num_rows: int, seed: int, shards: np.ndarray | None = None, stream: int = 0):
-        self.num_rows, self.seed, self.shards, self.stream = num_rows, seed, shards, stream
-        self.permutations: dict[int, np.ndarray] = {}
+        self.num_rows, self.seed, self.stream = num_rows, seed, stream
+        is_first = [] if shards is None else np.flatnonzero(np.diff(shards)) + 1
+        self.starts = np.array([0, *is_first, num_rows])  # the first row of each shard, and the end
+        self.epochs: dict[int, Epoch] = {}
 
     def __call__(self, position: int) -> Key:
         epoch, offset = divmod(position, self.num_rows)
-        if epoch not in self.permutations:
-            self.permutations = {e: p for e, p in self.permutations.items() if e >= epoch - 1}
-            self.permutations[epoch] = self.permutation(epoch)
-        return epoch, int(self.permutations[epoch][offset])
+        if epoch not in self.epochs:
+            self.epochs = {number: kept for number, kept in self.epochs.items() if number >= epoch - 1}
+            self.epochs[epoch] = Epoch(self.starts, (self.seed, epoch, self.stream))
+        return epoch, self.epochs[epoch].row(offset)
 
-    def permutation(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, epoch, self.stream])
-        if self.shards is None:
-            return rng.permutation(self.num_rows)
-        starts = np.flatnonzero(np.diff(self.shards)) + 1
-        rows_of_shard = np.split(np.arange(self.num_rows), starts)
-        order = rng.permutation(len(rows_of_shard))
-        groups = [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
-        return np.concatenate([rng.permutation(np.concatenate([rows_of_shard[s] for s in group])) for group in groups])
+
+class Epoch:
+    """One pass: shards of which `starts` are the first rows, and the end, in an order by `key`."""
+
+    def __init__(self, starts: np.ndarray, key: tuple[int, ...]):
+        self.starts, self.key = starts, key
+        count = len(starts) - 1
+        self.shards = np.random.default_rng(key).permutation(count) if count > 1 else np.zeros(1, int)
+        sizes = np.diff(starts)[self.shards]
+        self.ends = np.cumsum(np.add.reduceat(sizes, np.arange(0, count, GROUP)))  # of each group, in visits
+        self.group, self.permutation, self.inside = -1, None, None
+
+    def row(self, offset: int) -> int:
+        group = int(np.searchsorted(self.ends, offset, side="right"))
+        if group != self.group:
+            self.read(group)
+        place = self.permutation(offset - (int(self.ends[group - 1]) if group else 0))
+        shard = bisect_right(self.inside, place) - 1
+        return int(self.starts[self.shards[group * GROUP + shard]]) + place - self.inside[shard]
+
+    def read(self, group: int) -> None:
+        """Permute the rows of a group; `inside` are the places at which its shards begin."""
+        shards = self.shards[group * GROUP : (group + 1) * GROUP]
+        self.inside = np.cumsum([0, *np.diff(self.starts)[shards]]).tolist()
+        # Without shards there is one group, and its key is the epoch's.
+        key = self.key if len(self.shards) == 1 else (*self.key, group)
+        self.group, self.permutation = group, permutation_of(self.inside.pop(), key)
+
+
+def permutation_of(count: int, key: tuple[int, ...]) -> Callable[[int], int]:
+    """A permutation of range(count): a table, or computed where that would be large."""
+    if count > TABLE:
+        return KeyedPermutation(count, key)
+    return np.random.default_rng(key).permutation(count).tolist().__getitem__
 
 
 class WeightedOrder:
@@ -50,7 +86,7 @@ class WeightedOrder:
     set follow its own epochs, which are those of the keys. Rows count through the data sets.
     """
 
-    def __init__(self, orders: Sequence[EpochOrder], weights: Sequence[float], seed: int):
+    def __init__(self, orders: Sequence[EpochOrder | FirstEpochOrder], weights: Sequence[float], seed: int):
         self.orders, self.seed, self.block, self.places = orders, seed, None, None
         self.first_rows = np.cumsum([0, *(order.num_rows for order in orders)])
         self.shares = block_shares(weights)
@@ -87,20 +123,28 @@ def block_shares(weights: Sequence[float]) -> list[int]:
 
 
 def visit_order(
-    sizes: Sequence[int], shards: Sequence[np.ndarray | None], weights: Sequence[float] | None, seed: int
-) -> EpochOrder | WeightedOrder:
-    """The order for data sets of some sizes and shards: one after another as one, or by weight where there are weights."""
+    sizes: Sequence[int],
+    shards: Sequence[np.ndarray | None],
+    weights: Sequence[float] | None,
+    seed: int,
+    version: int = VERSION,
+) -> EpochOrder | FirstEpochOrder | WeightedOrder:
+    """The order for data sets of some sizes and shards: one after another as one, or by weight where there are weights.
+
+    version: that of the run; one that began with version 1 goes on with it, so that it visits what is left.
+    """
+    kind = FirstEpochOrder if version == 1 else EpochOrder
     if weights:
-        orders = [EpochOrder(size, seed, shards[part], part) for part, size in enumerate(sizes)]
+        orders = [kind(size, seed, shards[part], part) for part, size in enumerate(sizes)]
         return WeightedOrder(orders, weights, seed)
     if all(part is None for part in shards):
-        return EpochOrder(sum(sizes), seed)
+        return kind(sum(sizes), seed)
     joined, first = [], 0
     for size, part in zip(sizes, shards):
         part = np.arange(size) // PSEUDO_SHARD if part is None else part
         joined.append(part + first)
         first = int(joined[-1][-1]) + 1
-    return EpochOrder(sum(sizes), seed, np.concatenate(joined))
+    return kind(sum(sizes), seed, np.concatenate(joined))
 
 
 class BatchOrder:

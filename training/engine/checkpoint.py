@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import load_file, save_file
 
+from ..data.order import VERSION
 from ..models.full_tensors import (
     optimizer_tensors,
     put_optimizer_tensors,
@@ -64,6 +65,11 @@ def steps_saved(output_dir: Path) -> list[int]:
     """Steps with a whole checkpoint, ascending."""
     folders = (output_dir / "checkpoints").glob("step_*")
     return sorted(int(folder.name.removeprefix("step_")) for folder in folders if folder.name[5:].isdigit())
+
+
+def order_of(state: dict) -> int:
+    """Version of the order in which a run visits rows: that of its checkpoints, of which the first ones name none."""
+    return state.get("order", 1 if state["step"] else VERSION)
 
 
 def save_step(

@@ -23,7 +23,7 @@ from ..models.lora import add_lora
 from ..reporting.health import Watch
 from ..system.processes import on_main
 from .best import Best
-from .checkpoint import NOTHING_DONE, intact, is_finished, read_state
+from .checkpoint import NOTHING_DONE, intact, is_finished, order_of, read_state
 from .finish import finish
 from .optimizer import Schedule
 from .origin import check_origin, describe_data, describe_model
@@ -127,7 +127,13 @@ def batches_from_where_it_stopped(
     record_skips(accelerator, Path(args.output_dir), args.max_skip_fraction, train_set, eval_set, state["samples_seen"])
     parts = train_set.parts
     order = BatchOrder(
-        visit_order([len(part) for part in parts], [part.shards for part in parts], args.dataset_weights, args.seed),
+        visit_order(
+            [len(part) for part in parts],
+            [part.shards for part in parts],
+            args.dataset_weights,
+            args.seed,
+            order_of(state),
+        ),
         args.per_device_train_batch_size,
         (max_steps - state["step"]) * args.gradient_accumulation_steps,
         rank=accelerator.process_index,

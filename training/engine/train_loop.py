@@ -19,7 +19,7 @@ from ..reporting.health import Watch, query_similarity
 from ..reporting.meter import Meter, close_trackers, log, losses_of, shown
 from ..system.signals import StopSignal
 from .best import Best, write_best
-from .checkpoint import clear_leftovers, keep_newest, load_step, read_state, save_step, trim_metrics
+from .checkpoint import clear_leftovers, keep_newest, load_step, order_of, read_state, save_step, trim_metrics
 from .finite import agree, clip_gradients, gradient_norm, not_finite
 from .optimizer import AveragedWeights, Schedule, build_optimizer, set_learning_rate
 from .sharding import keep_embeddings_whole, plan_sharding
@@ -91,8 +91,7 @@ def train(
     keep_embeddings_whole(accelerator.unwrap_model(model))
     averages = AveragedWeights(accelerator.unwrap_model(model), args.ema_decay) if args.ema_decay else None
     state = resume(output_dir, model, optimizer, accelerator, averages, best, max_steps)
-    batches = iter(batches)
-    meter, samples_seen = Meter(), state["samples_seen"]
+    meter, samples_seen, order, batches = Meter(), state["samples_seen"], order_of(state), iter(batches)
     progress = tqdm(
         total=max_steps, initial=state["step"], disable=not accelerator.is_main_process, unit="step", mininterval=2
     )
@@ -141,7 +140,7 @@ def train(
                 meter.restart_clock()
             if step % args.save_steps == 0 or step == max_steps or improved or signal_number:
                 state = {"step": step, "samples_seen": samples_seen, "num_processes": accelerator.num_processes}
-                state |= {"best": best.record(), "made_from": made_from}
+                state |= {"order": order, "best": best.record(), "made_from": made_from}
                 save_step(output_dir, state, model, optimizer, accelerator, averages)
                 if accelerator.is_main_process:
                     write_best(output_dir, best)

@@ -6,7 +6,9 @@ from pathlib import Path
 from ..system.atomic_files import whole_file
 
 PER_COLUMN = 2
-MOST_POINTS = 2000  # of training that a curve is drawn through: a picture shows no more, and a long run has 250 000 lines
+MOST_POINTS = (
+    2000  # of training that a curve is drawn through: a picture shows no more, and a long run has 250 000 lines
+)
 
 
 def draw_curves(metrics: Path, picture: Path) -> None:
