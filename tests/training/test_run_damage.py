@@ -1,6 +1,7 @@
 """Damage to a run's folder, a killed loader and a full disk end in a sentence; what can be finished is finished."""
 
 import functools
+import gc
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -9,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 
 from blip2x_training import cache_features, pretrain_stage1
 from blip2x_training.capfilt.progress import Progress
+from blip2x_training.data.caption_dataset import make_loader
 from blip2x_training.data.killed_workers import workers_may_die
 from blip2x_training.engine import finish
 from blip2x_training.engine.checkpoint import read_state, steps_saved
@@ -244,3 +247,31 @@ def test_progress_of_bootstrap_and_evaluation_drops_a_last_half_line_and_names_a
         journal.write_bytes(broken)
         with pytest.raises(ValueError, match="results.0.jsonl.* is damaged.*Delete the folder .progress to start over"):
             whole_lines(journal, repair=True)
+
+
+class Hung(torch.utils.data.Dataset):
+    """Its second item never comes."""
+
+    skip_log = None
+
+    def __getitem__(self, number: int) -> dict:
+        while number == 1:
+            time.sleep(60)
+        return {"number": number, "frozen": gc.get_freeze_count()}
+
+
+def first_of(items: list[dict]) -> dict:
+    return {name: torch.tensor([item[name] for item in items]) for name in ("number", "frozen")}
+
+
+def test_a_worker_that_hangs_ends_the_run_with_a_sentence():
+    batches = iter(make_loader(Hung(), [[0], [1]], first_of, 1, pin_memory=False, timeout=1))
+    with pytest.raises(OSError, match="have given nothing for --dataloader_timeout.*Go on. A file system that hangs"):
+        with workers_may_die(lambda: "Go on."):
+            list(batches)
+
+
+def test_workers_leave_what_they_share_where_it_is():
+    """A garbage collection in a worker looks at none of it, and this process goes on as before."""
+    (batch,) = make_loader(Hung(), [[0]], first_of, 1, pin_memory=False)
+    assert batch["frozen"].item() > 10_000 and gc.get_freeze_count() == 0

@@ -79,6 +79,9 @@ class RunArguments(Arguments):
     torch_compile: bool = doc(False, "Compile the model with torch.compile.")
     seed: int = doc(42, "Fixes initialisation, order of data, drawn captions, crops, dropout and negatives.")
     dataloader_num_workers: int = doc(0, "Processes that load data; 0 loads in the main one.")
+    dataloader_timeout: int = doc(
+        600, "Seconds that these processes may take for a batch before the run ends, and says so; 0: any time."
+    )
 
     logging_steps: int = doc(10, "Steps averaged into one line of metrics.jsonl.")
     eval_steps: int | None = doc(None, "Steps between validations; null validates at the end only.")
@@ -136,6 +139,7 @@ class RunArguments(Arguments):
         "ema_decay": (0, 0.999999),
         "seed": (0, 2**32 - 1),  # what numpy takes
         "dataloader_num_workers": (0, 1024),
+        "dataloader_timeout": (0, BIG),
         "logging_steps": (1, BIG),
         "eval_steps": (1, BIG),
         "eval_samples": (0, BIG),

@@ -390,11 +390,17 @@ def read_image_ids(rows: datasets.Dataset | Rows) -> list[str | None] | None:
 
 
 def make_loader(
-    dataset: "CaptionDataset | JointDataset", order, collator, num_workers: int, pin_memory: bool
+    dataset: "CaptionDataset | JointDataset",
+    order,
+    collator,
+    num_workers: int,
+    pin_memory: bool,
+    timeout: float = 0,
 ) -> ReportedBatches:
     """Batches over given lists of keys; what they skip goes to the data set's `skip_log`.
 
-    The loader's own generator keeps it from advancing the global random state.
+    The loader's own generator keeps it from advancing the global random state. timeout: seconds that workers may take for a
+    batch; 0: any time.
     """
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -404,5 +410,6 @@ def make_loader(
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=shield_worker,
+        timeout=timeout if num_workers else 0,
     )
     return ReportedBatches(loader, dataset.skip_log)

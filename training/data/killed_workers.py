@@ -1,4 +1,4 @@
-"""A loader's worker that the system kills, mostly for want of memory, ends the run with a sentence."""
+"""A loader's worker that hangs, or that the system kills, mostly for want of memory, ends the run with a sentence."""
 
 import signal
 import threading
@@ -12,11 +12,17 @@ from traceback import extract_tb
 def workers_may_die(then: Callable[[], str]) -> Iterator[None]:
     """Within, the death of a worker becomes an OSError that says so and `then`, what to do.
 
-    torch tells it by a RuntimeError wherever the main process happens to be, or a connection to the worker fails.
+    torch tells it by a RuntimeError wherever the main process happens to be, or a connection to the worker fails. So does
+    one that gives nothing for as long as the loader's timeout.
     """
     try:
         yield
     except (RuntimeError, EOFError, OSError) as error:
+        if "DataLoader timed out" in str(error):
+            raise OSError(
+                f"The processes that load data have given nothing for --dataloader_timeout ({error}). {then()} A file system "
+                "that hangs is the usual reason; 0 waits for ever."
+            ) from error
         # First of all: torch's handler raises again whenever a child ends as long as the dead worker is known, also while
         # the error is looked at and while this process exits.
         handler = set_child_handler(signal.SIG_DFL)

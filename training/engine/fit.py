@@ -141,4 +141,5 @@ def batches_from_where_it_stopped(
         samples_seen=state["samples_seen"],
     )
     on_gpu = accelerator.device.type == "cuda"
-    return make_loader(train_set, order, task.collate, args.dataloader_num_workers, pin_memory=on_gpu)
+    workers, timeout = args.dataloader_num_workers, args.dataloader_timeout
+    return make_loader(train_set, order, task.collate, workers, pin_memory=on_gpu, timeout=timeout)
