@@ -265,3 +265,13 @@ def test_features_that_a_dtype_cannot_hold_are_named(parts, tmp_path, monkeypatc
 def test_wrong_fields_are_reported_together(parts):
     with pytest.raises(ValueError, match="(?s)--vision_model is missing.*--dtype is 'float8'.*--shard_size is 0"):
         cache_features.main(["--dataset", "x", "--output_dir", "y", "--dtype", "float8", "--shard_size", "0"])
+
+
+@pytest.mark.parametrize(
+    "changed", [{"shard_size": 0}, {"shard_size": -1}, {"shape": [4, 1, 10**400, 2]}, {"shape": [4]}]
+)
+def test_sizes_that_are_none_are_no_cache(tmp_path, changed):
+    described = {"shape": [4, 1, 2, 2], "dtype": "float16", "shard_size": 4, **changed}
+    (tmp_path / "train.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="has no whole cache of split 'train'"):
+        load_features(str(tmp_path), "train", {})

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from blip2x_training import cache_features, pretrain_stage1
 from blip2x_training.capfilt.progress import Progress
+from blip2x_training.data.bad_rows import SkipLog
 from blip2x_training.data.caption_dataset import make_loader
 from blip2x_training.data.killed_workers import workers_may_die
 from blip2x_training.engine import finish
@@ -65,7 +66,7 @@ def test_a_run_that_died_between_its_last_checkpoint_and_its_end_is_finished(
     """The root was that of step 2, of a shorter run before, all the while."""
     out = tmp_path / "out"
     run(fields, out, max_steps=2)
-    assert json.loads((out / "finished.json").read_text()) == {"steps": 2, "weights_of_step": 2}
+    assert json.loads((out / "finished.json").read_text()).items() >= {"steps": 2, "weights_of_step": 2}.items()
 
     def die(*_):
         raise KeyboardInterrupt
@@ -82,7 +83,8 @@ def test_a_run_that_died_between_its_last_checkpoint_and_its_end_is_finished(
     root = load_file(out / "model.safetensors")
     assert all(torch.equal(root[name], tensor) for name, tensor in trained.items())
     assert (out / "curves.png").stat().st_size > 1000
-    assert json.loads((out / "finished.json").read_text()) == {"steps": STEPS, "weights_of_step": STEPS}
+    finished = json.loads((out / "finished.json").read_text())
+    assert finished.items() >= {"steps": STEPS, "weights_of_step": STEPS}.items()
     assert [step for step, _ in losses(out)] == [1, 2, 2, 3, 4, 4]
     run(fields, out)
     assert f"is finished: {STEPS} steps" in capsys.readouterr().out
@@ -129,7 +131,17 @@ def test_any_flipped_bit_of_state_json_is_found_or_changes_nothing(copy):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"null", b"{}", b'{"step": "4", "samples_seen": 1}', b"\xff\xfe", b"{"]
+    "content",
+    [
+        *(b"", b"[]", b"null", b"{}", b'{"step": "4", "samples_seen": 1}', b"\xff\xfe", b"{"),
+        # Of an earlier version, without a checksum: what it says is all there is to judge by.
+        b'{"step": true, "samples_seen": 16}',
+        b'{"step": -4, "samples_seen": 16}',
+        b'{"step": 3, "samples_seen": 16}',
+        b'{"step": 4, "samples_seen": 16, "best": 5}',
+        b'{"step": 4, "samples_seen": 16, "best": {}}',
+        b'{"step": 4, "samples_seen": 16, "made_from": 7}',
+    ],
 )
 def test_a_broken_state_is_named_with_the_way_out(fields, copy, content):
     (copy / "checkpoints" / "step_4" / "state.json").write_bytes(content)
@@ -157,6 +169,7 @@ LINES = {
     b'{"step": 4, "lo': "The last line of .*metrics.jsonl was cut off, and is dropped",
     b"garbage\n": r"metrics.jsonl has 1 line\(s\) that cannot be read, the first line 6. They are dropped",
     b'5\n[]\n{"lr": 1}\n{"step": "x"}\n\xff\xfe\n': r"has 5 line\(s\) that cannot be read, the first line 6\.",
+    b'{"step": 3, "loss": "x", "lr": 1}\n{"step": 3, "loss": [], "lr": 1}\n': r"has 2 line\(s\) that cannot be read",
 }
 
 
@@ -167,6 +180,42 @@ def test_broken_lines_of_metrics_are_dropped_and_told(fields, copy, content, cap
     run(fields, copy, max_steps=5)
     assert re.search(LINES[content], capsys.readouterr().out)
     assert [step for step, _ in losses(copy)] == [1, 2, 3, 4, 4, 5, 5]
+
+
+def test_lost_metrics_are_told_at_the_end(fields, copy, capsys):
+    for name in ("metrics.jsonl", "finished.json"):
+        (copy / name).unlink()
+    run(fields, copy)
+    assert "metrics.jsonl has no lines of training: they were lost." in capsys.readouterr().out
+
+
+def test_a_changed_finished_json_finishes_nothing(fields, copy, capsys):
+    path = copy / "finished.json"
+    path.write_text(path.read_text().replace('"steps": 4', '"steps": 6'))
+    run(fields, copy, max_steps=6)
+    assert read_state(copy)["step"] == 6 and "is finished" not in capsys.readouterr().out
+    path.write_text('{"steps": 6, "weights_of_step": 6}')  # of an earlier version
+    run(fields, copy, max_steps=6)
+    assert "is finished: 6 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["random_states.pt", "averages.pt"])
+def test_another_structure_in_a_checkpoint_without_checksums_is_damage(fields, tmp_path, name):
+    out = tmp_path / "out"
+    run(fields, out, max_steps=2, ema_decay=0.9)
+    step = out / "checkpoints" / "step_2"
+    torch.save([5], step / name)
+    (step / "state.json").write_text('{"step": 2, "samples_seen": 16}')
+    with pytest.raises(ValueError, match=f"step_2/{name} is missing or damaged"):
+        run(fields, out, max_steps=3, ema_decay=0.9)
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "null", '{"dataset": [], "split": "a", "row": 1}', '{"dataset": "a"}'])
+def test_lines_of_skipped_jsonl_that_are_none_are_passed_over(tmp_path, line):
+    (tmp_path / "skipped.jsonl").write_text(line + "\n")
+    log = SkipLog(tmp_path / "skipped.jsonl", [], {("d", "train")}, 10**6, max_fraction=1.0)
+    log.add([{"dataset": "d", "split": "train", "row": 3, "name": "n", "reason": "r"}], 4)
+    assert log.found == 1 and '"row": 3' in (tmp_path / "skipped.jsonl").read_text().splitlines()[1]
 
 
 def kill_a_worker_in_step(step: int) -> None:

@@ -69,7 +69,7 @@ def test_killed_while_root_and_merged_are_written(tmp_path):
         killed += kill_when(start("pretrain_stage1.py", {**fields, "output_dir": out}, log), moment)
     assert killed >= 6, "most of them ended before they were killed"
     assert start("pretrain_stage1.py", {**fields, "output_dir": out}, log).wait(PATIENCE) == 0
-    assert json.loads((out / "finished.json").read_text()) == {"steps": 4, "weights_of_step": 4}
+    assert json.loads((out / "finished.json").read_text()).items() >= {"steps": 4, "weights_of_step": 4}.items()
     assert same_weights(out / "merged" / "model.safetensors", whole / "merged" / "model.safetensors")
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
     assert {path.name for path in (out / "merged").iterdir()} == {path.name for path in (whole / "merged").iterdir()}

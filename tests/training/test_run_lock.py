@@ -155,3 +155,13 @@ def test_of_two_that_start_at_once_one_trains(tmp_path):
         assert "out is in use by process" in ends[1]
     lines = [json.loads(line)["step"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert lines == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("pid", [None, [], {}, "7", 0, -1, 10**400, True])
+def test_a_lock_that_names_no_process_is_nobodys(tmp_path, monkeypatch, pid):
+    monkeypatch.setattr(run_lock, "try_lock", lambda descriptor: None)
+    (tmp_path / ".lock").write_text(
+        json.dumps({"host": socket.gethostname(), "pid": pid, "since": "x", "started": "1"})
+    )
+    with locked_folder(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()

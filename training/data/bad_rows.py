@@ -122,8 +122,8 @@ class SkipLog:
             for line in content.splitlines():
                 try:
                     self.note(row_of(json.loads(line)))
-                except (ValueError, KeyError):
-                    continue  # cut off by a crash
+                except (ValueError, KeyError, TypeError):
+                    continue  # cut off by a crash, or none of ours
             lines = [] if content.endswith(b"\n") or not content else ["\n"]
             for report in reports:
                 if self.note(row_of(report)):

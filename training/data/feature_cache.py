@@ -139,11 +139,15 @@ def load_features(folder: str, split: str, fingerprint: dict) -> FeatureCache:
     try:
         described = json.loads((Path(folder) / f"{split}.json").read_text(encoding="utf-8"))
         layout = CacheLayout(tuple(described["shape"]), described["dtype"], described["shard_size"])
+        if len(layout.shape) != 4 or not all(
+            type(size) is int and size > 0 for size in (*layout.shape, layout.shard_size)
+        ):
+            raise ValueError(f"its shape is {described['shape']}, of {described['shard_size']} rows a shard")
         cache = FeatureCache(Path(folder), split, layout)
         for shard, path in enumerate(cache.paths):
             if path.stat().st_size <= layout.num_bytes([shard]):
                 raise ValueError(f"{path.name} is cut off")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, MemoryError) as error:
         raise ValueError(
             f"--feature_cache {folder} has no whole cache of split {split!r} ({type(error).__name__}: {error}). "
             "Write it with cache_features.py; the same command again completes one that was stopped."

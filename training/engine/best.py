@@ -42,6 +42,15 @@ class Best:
         return asdict(self) if self.step else None
 
 
+def check_best(saved: object) -> None:
+    """Raises ValueError for what `Best.record` cannot have given."""
+    if saved is None:
+        return
+    is_record = isinstance(saved, dict) and {"metric", "greater_is_better", "step", "value"} <= saved.keys()
+    if not (is_record and type(saved["step"]) is int and isinstance(saved["value"], (int, float))):
+        raise ValueError(f"its best validation is {saved!r}")
+
+
 def write_best(output_dir: Path, best: Best) -> None:
     """best.json: figure, value, step and folder of the best validation."""
     if best.step:

@@ -28,6 +28,7 @@ from ..models.full_tensors import (
 )
 from ..system.atomic_files import clear_unfinished, discard, even_modes, sync, whole_folder, write_whole
 from ..system.checksums import file_sum, read_sealed, write_sealed
+from .best import check_best
 from .optimizer import AveragedWeights
 
 NOTHING_DONE = {"step": 0, "samples_seen": 0}
@@ -137,8 +138,15 @@ def read_state(output_dir: Path) -> dict:
 
 def read_step_state(path: Path) -> dict:
     state = read_sealed(path, always_with="files")
-    if not all(isinstance(state.get(name), int) for name in ("step", "samples_seen")):
-        raise ValueError("it has no step and samples_seen")
+    counts = [state.get(name) for name in ("step", "samples_seen")]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"its step and samples_seen are {counts}")
+    if path.parent.name != f"step_{state['step']}":
+        raise ValueError(f"it is of step {state['step']}")
+    for name, kinds in (("made_from", dict), ("files", dict), ("order", int)):
+        if not isinstance(state.get(name), kinds | None):
+            raise ValueError(f"its {name} is {state[name]!r}")
+    check_best(state.get("best"))
     return state
 
 
@@ -165,14 +173,21 @@ def load_step(
             output_dir, step, "optimizer.pt", lambda path: put_optimizer_tensors(load(path), parameters, optimizer)
         )
     if averages is not None:
-        saved = read_checked(output_dir, step, "averages.pt", load)
-        averages.updates = saved["updates"]
-        put_tensors(saved["averages"], averages.averages)
+        read_checked(output_dir, step, "averages.pt", lambda path: put_averages(load(path), averages))
     if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(read_checked(output_dir, step, "scaler.pt", load))
-    states = read_checked(output_dir, step, "random_states.pt", load)
-    if accelerator.process_index < len(states):  # not when resuming on more processes
-        set_random_states(states[accelerator.process_index])
+        read_checked(output_dir, step, "scaler.pt", lambda path: accelerator.scaler.load_state_dict(load(path)))
+    index = accelerator.process_index
+    read_checked(output_dir, step, "random_states.pt", lambda path: put_random_states(load(path), index))
+
+
+def put_averages(saved: dict, averages: AveragedWeights) -> None:
+    averages.updates = saved["updates"]
+    put_tensors(saved["averages"], averages.averages)
+
+
+def put_random_states(states: list[dict], process_index: int) -> None:
+    if process_index < len(states):  # not when resuming on more processes
+        set_random_states(states[process_index])
 
 
 def load_trained(output_dir: Path, step: int, model: torch.nn.Module) -> None:
@@ -228,7 +243,7 @@ def read_checked(output_dir: Path, step: int, name: str, read):
 def is_finished(output_dir: Path, max_steps: int) -> bool:
     """True when root and curves are those of the last step: `mark_finished` says so, after both."""
     try:
-        steps = json.loads((output_dir / "finished.json").read_text(encoding="utf-8"))["steps"]
+        steps = read_sealed(output_dir / "finished.json", always_with="sealed")["steps"]
         return (output_dir / "config.json").exists() and steps >= max_steps
     except (OSError, ValueError, TypeError, KeyError):  # not there or damaged: the end of the run is done again
         return False
@@ -236,7 +251,8 @@ def is_finished(output_dir: Path, max_steps: int) -> bool:
 
 def mark_finished(output_dir: Path, steps: int, weights_of_step: int) -> None:
     """finished.json: how many steps the run took, and of which step the root's weights are."""
-    write_whole(output_dir / "finished.json", json.dumps({"steps": steps, "weights_of_step": weights_of_step}) + "\n")
+    content = {"steps": steps, "weights_of_step": weights_of_step, "sealed": True}
+    write_sealed(output_dir / "finished.json", content)
 
 
 def clear_output_dir(output_dir: Path) -> None:
@@ -305,8 +321,10 @@ def trim_metrics(path: Path, step: int, max_steps: int) -> str | None:
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
+            if not all(isinstance(value, (int, float)) for value in line.values()):
+                raise ValueError("what is measured is a number")
             again = line["step"] > step or (line["step"] >= max_steps and "lr" not in line)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             damaged += [number] if text else []
             continue
         if not again:

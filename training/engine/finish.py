@@ -66,6 +66,8 @@ def loss_summary(metrics: Path, steps: int = 50) -> str:
     """Each loss: its mean over the first and over the last `steps` steps, as a table."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if "lr" in line]  # training, not validation
+    if not lines:
+        return f"{metrics} has no lines of training: they were lost."
     last = lines[-1]["step"]
     rows = [f"{'loss':<10}{'first ' + str(steps):>12}{'last ' + str(steps):>12}"]
     for name in (name for name in lines[0] if name.startswith("loss")):

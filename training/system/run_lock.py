@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 HELD = (errno.EACCES, errno.EAGAIN)
+LARGEST_PID = 2**31
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -89,7 +90,8 @@ def read_holder(descriptor: int) -> dict:
     """Who is named in the file; {} for nobody, or where a process died while it wrote."""
     try:
         holder = json.loads(os.pread(descriptor, 10_000, 0))
-        return holder if {"host", "pid", "since"} <= holder.keys() else {}
+        named = {"host", "pid", "since"} <= holder.keys() and type(holder["pid"]) is int
+        return holder if named and 0 < holder["pid"] < LARGEST_PID else {}
     except (ValueError, AttributeError):
         return {}
 
