@@ -71,6 +71,13 @@ def run(args: Stage1Arguments, accelerator: Accelerator) -> None:
         )
     processor = Blip2xProcessor(image_processor, tokenizer)
     model.freeze_unimodal()
+    shape = model.config.qformer_config
+    if model.config.query_spread and max(shape.hidden_dropout_prob, shape.attention_probs_dropout_prob) > 0:
+        accelerator.print(
+            "--query_spread is on, but the Q-Former has dropout, whose noise passes for a distance between queries: they may "
+            "become one all the same. Take it out: trim_bert.py --dropout 0, or hidden_dropout_prob and "
+            "attention_probs_dropout_prob 0 in --qformer_config."
+        )
     task = image_text_task(args, accelerator, model, processor, eval_set)
     fit(args, accelerator, model, processor, train_set, eval_set, task)
 

@@ -232,12 +232,13 @@ def test_itc_by_sigmoid_is_trained_kept_and_taken_back(parts, tmp_path):
     assert back.config.itc_loss == "softmax" and back.itc_bias is None
 
 
-def test_queries_are_kept_apart_by_a_flag_that_the_checkpoint_remembers(parts, tmp_path):
+def test_queries_are_kept_apart_by_a_flag_that_the_checkpoint_remembers(parts, tmp_path, capsys):
     out = tmp_path / "apart"
     lines = stage1(parts, out, "--max_steps", "1", "--query_spread", "2")
     line = lines[0]
     assert line["loss"] == pytest.approx(sum(line[f"loss_{name}"] for name in ("itc", "itm", "itg", "spread")))
     assert AutoModelForPreTraining.from_pretrained(out).config.query_spread == 2
+    assert "whose noise passes for a distance between queries" in capsys.readouterr().out
     more = ["--output_dir", str(tmp_path / "paper"), "--init_from", str(out), "--query_spread", "0", "--max_steps", "1"]
     pretrain_stage1.main(["--dataset", str(parts / "data"), "--warmup_steps", "0", *more])
     assert "loss_spread" not in metrics(tmp_path / "paper")[0]
