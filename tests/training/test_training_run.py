@@ -97,7 +97,7 @@ def test_stage1_run_folder_is_complete(parts, capsys):
 def test_stage2_from_stage1(parts, tmp_path, llm, prompt, capsys, monkeypatch):
     """It starts from stage 1's Q-Former, learns, leaves the language model alone, and validates what it saves."""
     texts, figures = [], writing.caption_figures
-    monkeypatch.setattr(writing, "caption_figures", lambda wrote, wanted: texts.append(wrote) or figures(wrote, wanted))
+    monkeypatch.setattr(writing, "caption_figures", lambda *given: texts.append(given[0]) or figures(*given))
     flags = ["--max_steps", "6", "--eval_split", "validation", "--eval_steps", "3", "--prompt", prompt]
     lines = stage2(parts, tmp_path / "out", llm, *flags)
     assert "Hand-over from stage 1" in capsys.readouterr().out
