@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoModelForPreTraining, AutoProcessor
 
-import modeling_blip2x  # noqa: F401  registers the classes
+from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.images_blip2x import rgb_image
 
 LICENSE = "Attribution License"  # CC BY 2.0
@@ -38,7 +37,10 @@ def free_photos(captions: Path, count: int) -> list[dict]:
 @torch.no_grad()
 def by_language_model(folder: str, images: list[Image.Image]) -> list[str]:
     """Captions with the prompt that the model was trained with."""
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    model, processor = (
+        Blip2xForConditionalGeneration.from_pretrained(folder).eval(),
+        Blip2xProcessor.from_pretrained(folder),
+    )
     prompts = [model.config.prompt_template or "a photo of"] * len(images)
     inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
     ids = model.generate(**inputs, num_beams=BEAMS, do_sample=False, max_new_tokens=30)
@@ -48,7 +50,7 @@ def by_language_model(folder: str, images: list[Image.Image]) -> list[str]:
 @torch.no_grad()
 def by_itg_head(folder: str, images: list[Image.Image]) -> list[str]:
     """Captions of a stage-1 model."""
-    model, processor = AutoModelForPreTraining.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    model, processor = Blip2xForPreTraining.from_pretrained(folder).eval(), Blip2xProcessor.from_pretrained(folder)
     pixels = processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
     ids = model.generate(pixel_values=pixels, num_beams=BEAMS, do_sample=False, max_new_tokens=30)
     return processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
