@@ -135,6 +135,8 @@ class Blip2xConfig(PreTrainedConfig):
         its position embeddings are always interpolated.
     prompt_template: the prompt the model was trained with, for example `Question: {} Answer:`; "" if with none, None if
         that is unknown.
+    part_dtypes: dtype of each part in a checkpoint whose parts differ; None where they do not. `from_pretrained` gives each
+        part its own again, and with `dtype` that dtype to those parts that are not float32.
     empty_prompt: ids that follow an image without a text, as the processor lays them out; None: BOS of a decoder-only
         language model that has one.
     """
@@ -162,6 +164,7 @@ class Blip2xConfig(PreTrainedConfig):
     objectives: list[str] | tuple[str, ...] = OBJECTIVES
     itc_loss: str = "softmax"
     query_spread: float = 0.0
+    part_dtypes: dict[str, str] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
@@ -189,4 +192,10 @@ class Blip2xConfig(PreTrainedConfig):
         return super().get_text_config(decoder=decoder, encoder=encoder)
 
     def to_dict(self) -> dict:
-        return without_unknown_fields(type(self), super().to_dict())
+        fields = without_unknown_fields(type(self), super().to_dict())
+        if self.part_dtypes:
+            # What from_pretrained begins with: the smaller dtype, in which float32 parts stay float32. Of two smaller ones
+            # neither holds the other.
+            smaller = set(self.part_dtypes.values()) - {"float32"}
+            fields["dtype"] = smaller.pop() if len(smaller) == 1 else "float32"
+        return fields

@@ -19,6 +19,7 @@ from .checks_blip2x import check_images
 from .configuration_blip2x import Blip2xConfig
 from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
 from .qformer_blip2x import KeyValues, QFormer, QueryTokens, dtype_of_inputs, in_own_dtype
+from .recomputing_blip2x import as_transformers_does, recompute_in_eval_mode
 from .vision_blip2x import build_vision_tower, freeze_unused_parts, parameters_of_features, vision_features
 
 QUERY_STD = 0.02  # of the official implementation
@@ -40,6 +41,17 @@ class Blip2xPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]  # one cache by its two names
     # Narrow layers through which all of an image or text passes: float32 in a float16 model, and never quantised.
     _keep_in_fp32_modules = ["language_projection", "vision_projection", "text_projection", "itm_head"]
+
+    def __init__(self, config: Blip2xConfig):
+        super().__init__(config)
+        if config.part_dtypes:
+            kept = [part for part, dtype in config.part_dtypes.items() if dtype == "float32"]
+            self._keep_in_fp32_modules_strict = kept
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As in transformers; where parts are held in different dtypes, the config says which."""
+        self.config.part_dtypes = part_dtypes(self)
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -87,6 +99,18 @@ class Blip2xPreTrainedModel(PreTrainedModel):
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
         return self
+
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
+        """As in transformers, and the layers of a frozen language model or tower are recomputed too."""
+        super().activation_checkpointing_enable(*args, **kwargs)
+        for part in self.frozen_candidates():
+            recompute_in_eval_mode(part)
+
+    def activation_checkpointing_disable(self) -> None:
+        """As in transformers."""
+        super().activation_checkpointing_disable()
+        for part in self.frozen_candidates():
+            as_transformers_does(part)
 
     def check_processor(self, processor: object) -> None:
         """Raise ValueError, naming both numbers, where a `Blip2xProcessor` does not fit this model."""
@@ -199,6 +223,25 @@ class Blip2xPreTrainedModel(PreTrainedModel):
         trained, frozen = (sum(counts[i] for counts in parts.values()) for i in (0, 1))
         rows.append(f"{'total':<22}{trained:>14,}{frozen:>16,}   ({trained / max(trained + frozen, 1):.1%} trained)")
         return "\n".join(rows)
+
+
+def part_dtypes(model: Blip2xPreTrainedModel) -> dict[str, str] | None:
+    """dtype of each part by its name; None where all have one, or a quantised language model tells its own."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return None
+    shared = model.shared_model
+    parts = dict(shared.named_children()) | {name: part for name, part in model.named_children() if part is not shared}
+    tensors = {name: list(part.parameters()) for name, part in parts.items()}
+    tensors |= {name: [parameter] for name, parameter in model.named_parameters(recurse=False)}
+    # Of a part of several dtypes the smallest: T5 keeps a few layers of a float16 model in float32, also when loaded.
+    found = {
+        name: min((tensor.dtype for tensor in of if tensor.is_floating_point()), key=lambda dtype: dtype.itemsize)
+        for name, of in tensors.items()
+        if of
+    }
+    if len(set(found.values())) == 1:
+        return None
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
 
 
 class Blip2xModel(Blip2xPreTrainedModel):

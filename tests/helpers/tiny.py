@@ -176,6 +176,13 @@ def prompt(
     }
 
 
+def labels_of(model: Blip2xForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Labels of `prompt`: its text, or three words for a decoder."""
+    if not model.config.is_encoder_decoder:
+        return inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_index, -100)
+    return torch.full((len(inputs["input_ids"]), 3), 7)
+
+
 def bert_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level tokenizer that adds [CLS] ... [SEP], like BERT's."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -22,6 +22,7 @@ from tests.helpers.tiny import (
     config,
     image,
     image_processor,
+    labels_of,
     prompt,
     stage1,
     stage1_processor,
@@ -38,12 +39,6 @@ def inputs_of(model, **changes):
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.zeros(len(inputs["input_ids"]), 3, dtype=torch.long)
     return {**inputs, **changes}
-
-
-def labels_of(model, inputs):
-    if not model.config.is_encoder_decoder:
-        return inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.image_token_index, -100)
-    return torch.full((len(inputs["input_ids"]), 3), 7)
 
 
 def check_vision_and_qformer(vision, qformer):

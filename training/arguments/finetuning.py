@@ -64,7 +64,7 @@ class FinetuneArguments(RunArguments):
 
     REQUIRED = (*RunArguments.REQUIRED, "task", "init_from")
     PATHS = (*RunArguments.PATHS, "init_from", "language_model")
-    CHOICES = {"task": tuple(TASKS), "objectives": OBJECTIVES}
+    CHOICES = {**RunArguments.CHOICES, "task": tuple(TASKS), "objectives": OBJECTIVES}
     RANGES = {
         **RunArguments.RANGES,
         "layer_decay": (TINY, 1),

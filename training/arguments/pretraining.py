@@ -100,7 +100,7 @@ class Stage1Arguments(NewModelArguments):
     rerank_k: int = doc(16, "Candidates that ITM re-ranks in the validation at the end; 0 for no re-ranking.")
 
     PATHS = (*NewModelArguments.PATHS, "qformer_tokenizer")
-    CHOICES = {"objectives": OBJECTIVES, "itc_loss": ITC_LOSSES}
+    CHOICES = {**RunArguments.CHOICES, "objectives": OBJECTIVES, "itc_loss": ITC_LOSSES}
     RANGES = {
         **NewModelArguments.RANGES,
         "image_text_hidden_size": (1, BIG),

@@ -73,8 +73,15 @@ class RunArguments(Arguments):
     ema_decay: float | None = doc(
         None, "Decay of an average of the trained weights over steps, which is validated and saved; null for none."
     )
-    bf16: bool = doc(False, "bfloat16 autocast; trainable parts and losses stay in float32.")
+    bf16: bool | None = doc(
+        None, "bfloat16 autocast; trainable parts and losses stay in float32. null: on a GPU that has bfloat16."
+    )
     fp16: bool = doc(False, "float16 autocast with a loss scaler.")
+    frozen_dtype: str | None = doc(
+        None,
+        "dtype in which tower and language model are held while nothing of them is trained: bfloat16, float16 or float32; "
+        "null: bfloat16 under bf16, else that of their files. Of a 4-bit language model it is not changed.",
+    )
     gradient_checkpointing: bool = doc(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = doc(False, "Compile the model with torch.compile.")
     seed: int = doc(42, "Fixes initialisation, order of data, drawn captions, crops, dropout and negatives.")
@@ -120,6 +127,7 @@ class RunArguments(Arguments):
 
     REQUIRED = ("output_dir", "dataset")
     PATHS = ("image_folder",)
+    CHOICES = {"frozen_dtype": ("bfloat16", "float16", "float32")}
     RANGES = {
         "max_skip_fraction": (0, 1),
         "max_text_length": (2, BIG),

@@ -19,6 +19,7 @@ from ..data.order import BatchOrder, visit_order
 from ..data.splits import steps_of
 from ..data.text_lengths import tell_what_is_cut
 from ..evaluation.validation import leave_out_unreadable
+from ..models.frozen_dtype import hold_frozen, refuse_unscaled_float16
 from ..models.lora import add_lora
 from ..reporting.health import Watch
 from ..system.processes import on_main
@@ -83,7 +84,7 @@ def fit(
         add_lora(model, args.lora)
     accelerator.print(model.trainable_parameters_summary())
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     if args.torch_compile:
         model.compile()
     if args.feature_cache:
@@ -94,6 +95,9 @@ def fit(
 
     made_from |= on_main(accelerator, lambda: describe_model(model, processor))
     check_origin(args, accelerator, state, made_from)
+    # After the marks of the weights are taken: those are of the files, whatever dtype a run holds them in.
+    hold_frozen(model, args.frozen_dtype, args.bf16, features_cached=bool(args.feature_cache))
+    refuse_unscaled_float16(model, args.bf16, args.fp16)
     open_output_dir(args, accelerator)
     tell_what_is_cut(accelerator, train_set, task.collate, args.max_text_length)
     batches = batches_from_where_it_stopped(args, accelerator, train_set, eval_set, task, max_steps)

@@ -19,6 +19,8 @@ from .sharding import check_processes, plan_deepspeed, shard_on_cpu
 
 def start_run(args: RunArguments, unused_parameters: bool = False) -> Accelerator:
     """Accelerator and seeds, the same on every process until `seed_training`."""
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     tracker, notice = choose_tracker(args.report_to)
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",

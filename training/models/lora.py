@@ -26,6 +26,8 @@ def add_lora(model: torch.nn.Module, preset: str) -> None:
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable or "lora_" in name)
+        if "lora_" in name:  # peft gives it the dtype of its layer; what is trained is float32
+            parameter.data = parameter.data.float()
 
 
 def save_adapter(model: torch.nn.Module, folder: str | Path) -> None:
