@@ -63,6 +63,7 @@ setup(
             "blip2x-finetune = blip2x_training.finetune:command",
             "blip2x-evaluate = blip2x_training.run_evaluation:command",
             "blip2x-cache = blip2x_training.cache_features:command",
+            "blip2x-index = blip2x_training.index_dataset:command",
             "blip2x-capfilt = blip2x_training.bootstrap_captions:command",
             "blip2x-convert = modeling_blip2x.convert:command",
         ]

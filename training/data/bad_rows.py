@@ -143,14 +143,20 @@ class SkipLog:
     def judge(self, found: int) -> None:
         """Raise ValueError when the share left out plus the share found among the visited rows is above the limit."""
         visited = min(max(self.visited, SAMPLE), self.num_rows)
-        fraction = len(self.left_out) / self.num_rows + found / visited
+        left_out = sum(rows_of(report) for report in self.left_out)
+        fraction = left_out / self.num_rows + found / visited
         if fraction > self.max_fraction:
             raise ValueError(
-                f"Too many rows cannot be used: {len(self.left_out)} of {self.num_rows} were left out at the start, and "
+                f"Too many rows cannot be used: {left_out} of {self.num_rows} were left out at the start, and "
                 f"{found} of {visited} visited ones could not be read. That is {fraction:.2%}, above --max_skip_fraction "
                 f"{self.max_fraction}. {self.path} lists them with the reasons. Repair or remove them, or raise "
                 "--max_skip_fraction."
             )
+
+
+def rows_of(report: dict) -> int:
+    """How many rows a report is of: one, but for a shard that is left out as a whole."""
+    return report.get("rows", 1)
 
 
 def row_of(report: dict) -> tuple[str, str, int]:
@@ -178,7 +184,7 @@ def record_skips(
         if left_out or unreadable:
             first = (left_out + unreadable)[0]
             line = (
-                f"{len(left_out + unreadable)} of {num_rows} rows are left out, the first: row {first['row']} of {first['dataset']}, "
+                f"{sum(map(rows_of, left_out + unreadable))} of {num_rows} rows are left out, the first: row {first['row']} of {first['dataset']}, "
                 f"{first['name']}: {first['reason']}. {path} lists all."
             )
             accelerator.print(printable(line, keep=""))

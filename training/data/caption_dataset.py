@@ -167,26 +167,21 @@ class CaptionDataset(ImageDataset):
         self.features = features
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """The item of a visit. In training a bad row is replaced by another; after `TRIES` bad ones there is `skipped` alone.
+        """The item of a visit; in training see `visit`.
 
         Raises ValueError for a bad row in validation, where a stand-in would be scored against texts of another image.
         """
         epoch, visited = key
-        index, reports = visited, []
-        while len(reports) < TRIES:
-            try:
-                return {**self.item(index, random.Random(f"{self.seed}-{epoch}-{visited}")), "skipped": reports}
-            except BadRow as error:
-                report = self.report(int(self.kept[index]), error)
-                if not self.draw_text:
-                    raise ValueError(
-                        f"The validation image of row {report['row']} ({report['name']}) cannot be read: {error}. It could "
-                        "when the run began. Repair it; the same command then goes on."
-                    ) from error
-                reports.append(report)
-                stand_in = random.Random(f"{self.seed}-{epoch}-{visited}-in-place-{len(reports)}")
-                index = stand_in.randrange(len(self))
-        return {"skipped": reports}
+        if self.draw_text:
+            return visit(self, epoch, visited)
+        try:
+            return {**self.item(visited, random.Random(f"{self.seed}-{epoch}-{visited}")), "skipped": []}
+        except BadRow as error:
+            report = self.report_of(visited, error)
+            raise ValueError(
+                f"The validation image of row {report['row']} ({report['name']}) cannot be read: {error}. It could "
+                "when the run began. Repair it; the same command then goes on."
+            ) from error
 
     def fault(self, index: int) -> str | None:
         """Why an item cannot be used, which only reading its image tells; None where it can."""
@@ -247,6 +242,9 @@ class CaptionDataset(ImageDataset):
     def draw(self, choices: list, rng: random.Random):
         return rng.choice(choices) if self.draw_text and len(choices) > 1 else choices[0]
 
+    def report_of(self, index: int, fault: BadRow) -> dict:
+        return self.report(int(self.kept[index]), fault)
+
     def report(self, row: int, fault: BadRow) -> dict:
         dataset, split = self.source
         return {"dataset": dataset, "split": split, "row": row, "name": self.name(row), "reason": str(fault)}
@@ -305,6 +303,22 @@ class JointDataset(torch.utils.data.Dataset):
     def text_of(self, index: int, number: int) -> tuple[str, str]:
         part, row = self.place(index)
         return self.parts[part].text_of(row, number)
+
+
+def visit(dataset, epoch: int, visited: int) -> dict:
+    """The item of a visit in training. A bad row is replaced by another; after `TRIES` bad ones there is `skipped` alone.
+
+    dataset: one with `item`, `report_of`, `seed` and a length.
+    """
+    index, reports = visited, []
+    while len(reports) < TRIES:
+        try:
+            return {**dataset.item(index, random.Random(f"{dataset.seed}-{epoch}-{visited}")), "skipped": reports}
+        except BadRow as error:
+            reports.append(dataset.report_of(index, error))
+            stand_in = random.Random(f"{dataset.seed}-{epoch}-{visited}-in-place-{len(reports)}")
+            index = stand_in.randrange(len(dataset))
+    return {"skipped": reports}
 
 
 def fill_prompt(template: str, question: str) -> str:

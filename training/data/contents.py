@@ -19,14 +19,17 @@ import pyarrow.compute
 
 from .caption_dataset import CaptionDataset, ImageDataset
 from .images import BadRow, image_name, image_source
+from .indexed_dataset import IndexedCaptionDataset
 
 BYTES = 2**28  # a second of hashing
 IMAGES = 5000  # opened at most: on a network file system each costs a millisecond
 
 
-def describe_rows(dataset: CaptionDataset) -> dict:
+def describe_rows(dataset: CaptionDataset | IndexedCaptionDataset) -> dict:
     """`rows`, and marks of their `texts` and `images` in order, of both in `any_order`, and of the files' `times` where not
-    all images were read."""
+    all images were read; of an indexed data set, marks of its index."""
+    if isinstance(dataset, IndexedCaptionDataset):
+        return dataset.describe()
     rows, texts, any_order = dataset.kept.tolist(), hashlib.sha256(), 0
     found = found_images(dataset, rows)
     for (size, _), turns in zip(found, dataset.turns, strict=True):

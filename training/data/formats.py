@@ -11,6 +11,8 @@ import datasets
 
 from .csv_rows import ENDINGS, csv_rows
 from .folder_cache import load_folder
+from .index_files import is_index
+from .index_images import open_split, rows_of_index
 from .llava_rows import llava_rows
 from .rows import Rows, take_split
 from .saved_rows import is_saved, saved_rows
@@ -32,14 +34,16 @@ def load_rows(
     """Rows of one split of what `--dataset` names.
 
     A hub id or a folder (imagefolder with metadata.jsonl, parquet, webdataset tars), of which `config` is one configuration;
-    a folder of `save_to_disk`; tars or parquet files by a pattern such as `DIR/{000..099}.tar`; a JSON, JSONL, CSV, TSV or
+    a folder of `save_to_disk`; an index that index_dataset.py wrote; tars or parquet files by a pattern such as `DIR/{000..099}.tar`; a JSON, JSONL, CSV, TSV or
     parquet file; VQAv2's `QUESTIONS.json,ANNOTATIONS.json`. Images stay encoded: a row's image is a path, or a dict with
     `path` and `bytes` or the place in a tar. Raises ValueError for what cannot be read or holds nothing.
     """
     path, files = Path(dataset), pattern_files(dataset)
     try:
         check_config(dataset, config)
-        if files:
+        if is_index(path):
+            rows = rows_of_index(*open_split(dataset, split))
+        elif files:
             rows = many_files(files, split)
         elif is_vqa_pair(dataset):
             questions, annotations = dataset.split(",")
@@ -175,16 +179,29 @@ def folder_rows(folder: Path, split: str, config: str | None = None) -> datasets
         return take_split(Rows.from_dicts(rows), {name[0]: range(len(rows))}, split)
 
 
-def split_tars(folder: Path, split: str) -> list[str]:
-    """The tars of a split: in a folder of its name, or called after it; all are training data if none is called so."""
-    tars = sorted(folder.glob("*.tar")) + sorted(folder.glob("*/*.tar"))
+def split_tars(folder: Path, split: str, ending: str = ".tar") -> list[str]:
+    """The tars, or files of another ending, of a split: in a folder of its name, or called after it; all are training data
+    if none is called so."""
+    files = sorted(folder.glob(f"*{ending}")) + sorted(folder.glob(f"*/*{ending}"))
     named = {
-        name: [path for path in tars if str(path.relative_to(folder)).startswith(prefixes)]
+        name: [path for path in files if str(path.relative_to(folder)).startswith(prefixes)]
         for name, prefixes in SPLIT_PREFIXES.items()
     }
     if not any(named.values()):
-        return [str(path) for path in tars] if split == "train" else []
+        return [str(path) for path in files] if split == "train" else []
     return [str(path) for path in named.get(split, [])]
+
+
+def shard_files(dataset: str, split: str) -> tuple[str, list[str]] | None:
+    """("tar" or "parquet", the files) of a data set of such files, which can be read one by one; None for others."""
+    path, files = Path(dataset), pattern_files(dataset)
+    if not files and path.is_file():
+        files = [dataset]
+    for kind in ("tar", "parquet"):
+        found = split_tars(path, split, f".{kind}") if path.is_dir() and not is_saved(path) else files
+        if found and {Path(file).suffix for file in found} == {f".{kind}"}:
+            return kind, [str(file) for file in found]
+    return None
 
 
 def read_json(path: Path) -> dict | list:

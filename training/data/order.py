@@ -6,6 +6,7 @@ depend on the number of processes.
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,20 +21,26 @@ BLOCK = 1000  # positions in which weighted data sets have exactly their shares
 Key = tuple[int, int]  # (epoch, row)
 
 
+@dataclass(frozen=True)
+class ShardStarts:
+    """Shards by their first rows, and the end, (shards + 1,): where a number for each row would be too much to hold."""
+
+    starts: np.ndarray
+
+
 class EpochOrder:
     """Key of each position: permutations by (seed, epoch) laid end to end, so no row is dropped or doubled.
 
-    With `shards` (rows,), ascending, an epoch is a permutation of the shards, of which `GROUP` at a time are read and
+    With `shards`, of which each row has a number (rows,), ascending, an epoch is a permutation of the shards, of which `GROUP` at a time are read and
     their rows permuted: reads stay within a few files. `stream` tells the permutations of several data sets apart.
 
     Any position is found in milliseconds: of an epoch the permuted shards are in memory, and of the group that is read the
     permuted rows, which are computed one by one where they are more than TABLE.
     """
 
-    def __init__(self, num_rows: int, seed: int, shards: np.ndarray | None = None, stream: int = 0):
+    def __init__(self, num_rows: int, seed: int, shards: np.ndarray | ShardStarts | None = None, stream: int = 0):
         self.num_rows, self.seed, self.stream = num_rows, seed, stream
-        is_first = [] if shards is None else np.flatnonzero(np.diff(shards)) + 1
-        self.starts = np.array([0, *is_first, num_rows])  # the first row of each shard, and the end
+        self.starts = starts_of(num_rows, shards, num_rows)
         self.epochs: dict[int, Epoch] = {}
 
     def __call__(self, position: int) -> Key:
@@ -70,6 +77,14 @@ class Epoch:
         # Without shards there is one group, and its key is the epoch's.
         key = self.key if len(self.shards) == 1 else (*self.key, group)
         self.group, self.permutation = group, permutation_of(self.inside.pop(), key)
+
+
+def starts_of(num_rows: int, shards: np.ndarray | ShardStarts | None, pseudo: int = PSEUDO_SHARD) -> np.ndarray:
+    """The first row of each shard, and the end; without shards `pseudo` rows count as one."""
+    if isinstance(shards, ShardStarts):
+        return np.unique(shards.starts)  # without those that hold nothing
+    firsts = np.arange(0, num_rows, pseudo)[1:] if shards is None else np.flatnonzero(np.diff(shards)) + 1
+    return np.array([0, *firsts, num_rows])
 
 
 def permutation_of(count: int, key: tuple[int, ...]) -> Callable[[int], int]:
@@ -124,7 +139,7 @@ def block_shares(weights: Sequence[float]) -> list[int]:
 
 def visit_order(
     sizes: Sequence[int],
-    shards: Sequence[np.ndarray | None],
+    shards: Sequence[np.ndarray | ShardStarts | None],
     weights: Sequence[float] | None,
     seed: int,
     version: int = VERSION,
@@ -134,17 +149,22 @@ def visit_order(
     version: that of the run; one that began with version 1 goes on with it, so that it visits what is left.
     """
     kind = FirstEpochOrder if version == 1 else EpochOrder
+    if version == 1:  # which knows shards by the number of each row
+        shards = [part if part is None else numbers_of(starts_of(size, part)) for size, part in zip(sizes, shards)]
     if weights:
         orders = [kind(size, seed, shards[part], part) for part, size in enumerate(sizes)]
         return WeightedOrder(orders, weights, seed)
     if all(part is None for part in shards):
         return kind(sum(sizes), seed)
-    joined, first = [], 0
-    for size, part in zip(sizes, shards):
-        part = np.arange(size) // PSEUDO_SHARD if part is None else part
-        joined.append(part + first)
-        first = int(joined[-1][-1]) + 1
-    return kind(sum(sizes), seed, np.concatenate(joined))
+    firsts = np.cumsum([0, *sizes])
+    starts = [starts_of(size, part)[:-1] + first for size, part, first in zip(sizes, shards, firsts)]
+    joined = np.concatenate([*starts, firsts[-1:]])
+    return kind(sum(sizes), seed, numbers_of(joined) if version == 1 else ShardStarts(joined))
+
+
+def numbers_of(starts: np.ndarray) -> np.ndarray:
+    """The number of its shard for each row."""
+    return np.repeat(np.arange(len(starts) - 1), np.diff(starts))
 
 
 class BatchOrder:

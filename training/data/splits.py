@@ -10,6 +10,9 @@ from .caption_dataset import CaptionDataset, JointDataset, Sampling
 from .formats import image_start, load_rows
 from .image_identity import ImageNumbers
 from .image_processor import output_size
+from .index_files import is_index
+from .index_images import open_split
+from .indexed_dataset import IndexedCaptionDataset
 
 
 def load_dataset_split(
@@ -21,23 +24,32 @@ def load_dataset_split(
     prompt: str = "",
     prompt_column: str | None = None,
 ) -> CaptionDataset | JointDataset:
-    """One split of each data set, as one; the main process reads first, so that others find datasets' cache."""
+    """One split of each data set, as one; the main process reads first, so that others find datasets' cache.
+
+    For training, rows of an index are read when they are visited, unless their features come from a cache.
+    """
     parts, known_images = [], ImageNumbers()
     configs = args.dataset_config or [None] * len(args.dataset)
     for number, (dataset, config) in enumerate(zip(args.dataset, configs, strict=True)):
+        reading = {
+            "text_column": args.text_column,
+            "prompt_column": prompt_column,
+            "prompt": prompt,
+            "clean_captions": args.clean_captions,
+            "sampling": Sampling(f"{args.seed}/{number}" if number else args.seed, crop_size, draw_text),
+            "source": (f"{dataset}, {config}" if config else dataset, split),
+        }
+        if draw_text and is_index(dataset) and not args.feature_cache:
+            parts.append(IndexedCaptionDataset(*open_split(dataset, split), **reading))
+            continue
         with accelerator.main_process_first():
             rows = load_rows(dataset, split, args.image_folder, config)
         part = CaptionDataset(
             rows,
             image_column=args.image_column,
-            text_column=args.text_column,
-            prompt_column=prompt_column,
-            prompt=prompt,
-            clean_captions=args.clean_captions,
             folder=image_start(dataset, args.image_folder),
-            sampling=Sampling(f"{args.seed}/{number}" if number else args.seed, crop_size, draw_text),
-            source=(f"{dataset}, {config}" if config else dataset, split),
             known_images=known_images,
+            **reading,
         )
         parts.append(part)
     return JointDataset(parts) if len(parts) > 1 else parts[0]
