@@ -72,9 +72,8 @@ def opened(index: Path):
 
 
 def measure_start(tars: Path, index: Path) -> dict:
-    from blip2x_training.data.order import visit_order
-
     import blip2x_training.data.indexed_dataset  # noqa: F401  its imports are not what is measured
+    from blip2x_training.data.order import visit_order
 
     before, cpu = anonymous(), time.process_time()
     data = opened(index)
