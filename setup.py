@@ -25,6 +25,7 @@ TRAIN = [
     "accelerate>=1.15.0,<2",
     "datasets>=5.2.0,<6",
     "peft>=0.21.2,<1",
+    "obstore>=0.12.1,<1",  # data in object stores and on web servers
     "pyyaml>=6.0",
     "tqdm>=4.67.0",
     "matplotlib>=3.10.0",
@@ -36,7 +37,7 @@ QUANTIZE = ["bitsandbytes>=0.50.0,<1"]  # 4- and 8-bit language models
 BROWSER = ["playwright>=1.65.0", "axe-playwright-python>=0.1.8"]
 PYTEST = ["pytest>=9.0.0", "pytest-xdist>=3.8.0"]
 # Tests do with our models what users of these do.
-USERS = ["trl>=1.16.0", "onnx>=1.23.0", "onnxscript>=0.7.0", "onnxruntime>=1.32.0"]
+USERS = ["trl>=1.16.0", "onnx>=1.23.0", "onnxscript>=0.7.0", "onnxruntime>=1.32.0", "moto[server]>=5.2.5"]
 TEST_LIBRARY = [*TRAIN, *EVAL, *QUANTIZE, *USERS, *PYTEST]
 TEST = [*TEST_LIBRARY, *SPACE, *BROWSER, "ruff>=0.17.0", "mkdocs>=1.6.0,<2"]
 

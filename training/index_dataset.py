@@ -57,11 +57,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: IndexArguments) -> None:
     """The index of a split, unless it is there."""
-    from blip2x_training.data.formats import image_start, load_rows, shard_files
+    from blip2x_training.data.formats import image_start, load_rows
     from blip2x_training.data.images import keep_encoded
     from blip2x_training.data.index_files import open_index
     from blip2x_training.data.indexing import index_pieces, pieces_of_files, pieces_of_rows
     from blip2x_training.data.rows import require_column
+    from blip2x_training.data.shard_files import shard_files
     from blip2x_training.system.atomic_files import discard
 
     folder = Path(args.output) / args.split
@@ -75,7 +76,7 @@ def run(args: IndexArguments) -> None:
     sharded, rows, image_folder = shard_files(args.dataset, args.split), None, None
     if sharded:
         kind, files = sharded
-        pieces = pieces_of_files([os.path.abspath(file) for file in files], kind, args.image_column)
+        pieces = pieces_of_files([full_name(file) for file in files], kind, args.image_column)
     else:
         rows = load_rows(args.dataset, args.split, args.image_folder, args.dataset_config)
         require_column(rows, args.image_column, "image_column")
@@ -93,6 +94,12 @@ def run(args: IndexArguments) -> None:
     print(f"{folder}: {len(index)} rows in {len(index.shards)} shards, {size / 1e6:.1f} MB.")
     if not len(index):
         raise ValueError(f"{args.dataset}, split {args.split!r} has no rows that can be read.")
+
+
+def full_name(file: str) -> str:
+    from blip2x_training.data.remote import is_remote
+
+    return file if is_remote(file) else os.path.abspath(file)
 
 
 def say(text: str) -> None:

@@ -14,6 +14,7 @@ from blip2x_training import index_dataset
 from tests.helpers.ranks import run
 from tests.helpers.training_parts import SMALL_QFORMER, make_image_folder, make_vision_model
 from tests.helpers.training_runs import interrupted_after, stage1, without_speed
+from tests.helpers.web_files import serving
 
 STEPS = ["--max_steps", "6", "--save_steps", "3"]
 
@@ -68,6 +69,22 @@ def test_a_killed_run_goes_on(parts, whole, tmp_path, monkeypatch):
         stage1(parts, tmp_path, *flags)
     assert without_speed(stage1(parts, tmp_path, *flags)) == whole[0]
     assert all(torch.equal(tensor, trained(tmp_path)[name]) for name, tensor in whole[1].items())
+
+
+def test_a_killed_run_on_a_web_server_goes_on(parts, tmp_path, monkeypatch):
+    """With a worker, and shards that come ahead; the run equals that of the same tars on the disk."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    local = stage1(parts, tmp_path / "local", "--dataset", f"{parts}/tars/train-{{000,004,008}}.tar", *STEPS)
+    with serving(parts / "tars") as (_, root):
+        flags = ["--dataset", f"{root}/train-{{000,004,008}}.tar", "--shard_cache", str(tmp_path / "shards"), *STEPS]
+        flags += ["--dataloader_num_workers", "1"]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupted_after(3, patch)
+            stage1(parts, tmp_path / "out", *flags)
+        assert without_speed(stage1(parts, tmp_path / "out", *flags)) == without_speed(local)
+    weights = trained(tmp_path / "local")
+    assert all(torch.equal(tensor, trained(tmp_path / "out")[name]) for name, tensor in weights.items())
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 3
 
 
 def test_a_run_does_not_go_on_with_another_index(parts, tmp_path, monkeypatch):

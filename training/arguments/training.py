@@ -44,6 +44,10 @@ class RunArguments(Arguments):
     max_text_length: int = doc(32, "Longest text in tokens; longer ones are cut, and not taught to end.")
     augment: bool = doc(True, "RandomResizedCrop(0.5, 1, bicubic) and horizontal flip of training images.")
     image_size: int | None = doc(None, "Side of the square image in pixels; null takes the image processor's own.")
+    shard_cache: str | None = doc(
+        None, "Folder that remote shards are fetched to, ahead of their visits; null: beside the cache of the hub."
+    )
+    shard_cache_gb: float = doc(100.0, "Most that it takes, in GB (10^9 bytes).")
     feature_cache: str | None = doc(
         None, "Folder written by cache_features.py: skips the frozen tower; needs augment false."
     )
@@ -130,6 +134,7 @@ class RunArguments(Arguments):
     CHOICES = {"frozen_dtype": ("bfloat16", "float16", "float32")}
     RANGES = {
         "max_skip_fraction": (0, 1),
+        "shard_cache_gb": (0, BIG),
         "max_text_length": (2, BIG),
         "image_size": (1, BIG),
         "max_steps": (1, BIG),
@@ -162,7 +167,7 @@ class RunArguments(Arguments):
                 "--dataset holds an empty name. Give a hub id, folder or file; is a variable of the shell unset?"
             )
         for dataset in self.dataset:
-            pattern = any(character in dataset for character in "*?{") or ".json," in dataset
+            pattern = any(character in dataset for character in "*?{") or ".json," in dataset or "://" in dataset
             if looks_like_path(dataset) and not pattern and not Path(dataset).exists():
                 found.append(
                     f"--dataset is {dataset}: there is no such file or folder. Check the path, or give a hub id."

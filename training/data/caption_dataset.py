@@ -232,6 +232,9 @@ class CaptionDataset(ImageDataset):
         prompt = fill_prompt(self.prompt, question) if self.asks else self.prompt
         return prompt, texts[number % len(texts)]
 
+    def remote_shard(self, index: int) -> None:
+        """Nothing: its rows are local."""
+
     def open_or_crop(self, row: int, rng: random.Random) -> Image.Image:
         value = self.images[row][self.image_column]
         if self.crop_size is None:
@@ -299,6 +302,11 @@ class JointDataset(torch.utils.data.Dataset):
         for number, part in enumerate(self.parts):
             part.leave_out({row: reason for (of, row), reason in places.items() if of == number})
         self.first_rows = np.cumsum([0, *map(len, self.parts)]).tolist()
+
+    def remote_shard(self, index: int):
+        """The remote shard of an item; None for a local one."""
+        part, row = self.place(index)
+        return self.parts[part].remote_shard(row)
 
     def text_of(self, index: int, number: int) -> tuple[str, str]:
         part, row = self.place(index)

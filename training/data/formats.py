@@ -1,6 +1,5 @@
 """From the dataset argument to rows: one function a format, told apart by file names and by the keys of the JSON."""
 
-import glob
 import json
 import re
 import zipfile
@@ -13,15 +12,17 @@ from .csv_rows import ENDINGS, csv_rows
 from .folder_cache import load_folder
 from .index_files import is_index
 from .index_images import open_split, rows_of_index
+from .index_remote import index_remote
 from .llava_rows import llava_rows
+from .remote import is_remote
 from .rows import Rows, take_split
 from .saved_rows import is_saved, saved_rows
+from .shard_files import pattern_files, split_tars
 from .tars import tar_rows
 
 NO_CONFIG = (None, "default")  # what datasets calls that of a data set with only one
 NAME_A_SPLIT = "Name one of these."
 Splits = dict[str, Sequence[int]]  # the rows of each split
-SPLIT_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 FORMATS = (
     "COCO captions ({images, annotations}), Karpathy ({images: [{sentences, split}]}), GQA's questions, LLaVA's "
     "conversations, or a list of rows such as [{image, caption}], [{image, question, answer}] or [{image, text_input, text_output}]"
@@ -41,7 +42,9 @@ def load_rows(
     path, files = Path(dataset), pattern_files(dataset)
     try:
         check_config(dataset, config)
-        if is_index(path):
+        if is_remote(dataset):
+            rows = rows_of_index(*open_split(index_remote(dataset, split), split))
+        elif is_index(path):
             rows = rows_of_index(*open_split(dataset, split))
         elif files:
             rows = many_files(files, split)
@@ -91,7 +94,9 @@ def configs_named_in(error: Exception) -> str | None:
 def check_config(dataset: str, config: str | None) -> None:
     """Raise ValueError for a configuration of what has none: files, and folders of save_to_disk."""
     path = Path(dataset)
-    alone = path.is_file() or is_saved(path) or is_vqa_pair(dataset) or bool(pattern_files(dataset))
+    alone = (
+        path.is_file() or is_saved(path) or is_vqa_pair(dataset) or is_remote(dataset) or bool(pattern_files(dataset))
+    )
     if alone and config not in NO_CONFIG:
         raise ValueError(f"--dataset_config is {config!r}, but only hub data sets and folders have any. Pass default")
 
@@ -111,36 +116,6 @@ def existing(path: Path) -> Path:
 def whole(rows: Rows) -> tuple[Rows, Splits]:
     """One split, called train, as `datasets` calls that of a file, or all, as evaluation calls it."""
     return rows, {"train": range(len(rows)), "all": range(len(rows))}
-
-
-def pattern_files(dataset: str) -> list[str]:
-    """Files of a pattern with {a,b}, {000..099}, * or ?, sorted; empty if `dataset` is none or names a file itself.
-
-    Raises ValueError for those of a list or range that do not exist.
-    """
-    if Path(dataset).exists() or not re.search(r"[*?{]", dataset):
-        return []
-    files = []
-    for name in expand_braces(dataset):
-        found = sorted(glob.glob(name))
-        if not found:
-            raise ValueError(f"--dataset {dataset}: there is no {name}. Check the pattern.")
-        files += found
-    return files
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`{a,b}` and `{08..11}` written out, as a shell does; ranges keep leading zeros."""
-    # Ours, for these ten lines are all that names of shards need: braceexpand would be a dependency more.
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    if span:
-        parts = [str(number).zfill(len(span[1])) for number in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        parts = match[1].split(",")
-    return [name for part in parts for name in expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]
 
 
 def many_files(files: list[str | Path], split: str) -> datasets.Dataset | Rows:
@@ -177,31 +152,6 @@ def folder_rows(folder: Path, split: str, config: str | None = None) -> datasets
         for row in rows:
             row["image"] = str(listed.parent / row["image"]) if row["image"] else None
         return take_split(Rows.from_dicts(rows), {name[0]: range(len(rows))}, split)
-
-
-def split_tars(folder: Path, split: str, ending: str = ".tar") -> list[str]:
-    """The tars, or files of another ending, of a split: in a folder of its name, or called after it; all are training data
-    if none is called so."""
-    files = sorted(folder.glob(f"*{ending}")) + sorted(folder.glob(f"*/*{ending}"))
-    named = {
-        name: [path for path in files if str(path.relative_to(folder)).startswith(prefixes)]
-        for name, prefixes in SPLIT_PREFIXES.items()
-    }
-    if not any(named.values()):
-        return [str(path) for path in files] if split == "train" else []
-    return [str(path) for path in named.get(split, [])]
-
-
-def shard_files(dataset: str, split: str) -> tuple[str, list[str]] | None:
-    """("tar" or "parquet", the files) of a data set of such files, which can be read one by one; None for others."""
-    path, files = Path(dataset), pattern_files(dataset)
-    if not files and path.is_file():
-        files = [dataset]
-    for kind in ("tar", "parquet"):
-        found = split_tars(path, split, f".{kind}") if path.is_dir() and not is_saved(path) else files
-        if found and {Path(file).suffix for file in found} == {f".{kind}"}:
-            return kind, [str(file) for file in found]
-    return None
 
 
 def read_json(path: Path) -> dict | list:

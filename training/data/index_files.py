@@ -33,7 +33,8 @@ IMAGE = "image"  # the JSON's name of a path, or in a tar of the member
 class Shard:
     """Rows that are read together: a tar, a row group of a parquet file, or a run of rows whose images are files.
 
-    file: the tar or parquet file, or that of the rows. size, changed: its bytes, and the time of its last change in ns.
+    file: the tar or parquet file, or that of the rows. size, changed: its bytes, and the time of its last change in ns, or of
+    a remote file `mark`, which tells its content from another.
     group, column: number of the row group, and its column of images. fault: why all of it is left out, and then `lost` rows of it are known.
     """
 
@@ -44,6 +45,7 @@ class Shard:
     rows: int
     group: int | None = None
     column: str | None = None
+    mark: str | None = None
     fault: str | None = None
     lost: int = 0
 
@@ -62,6 +64,9 @@ class Index:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def shard_of(self, row: int) -> Shard:
+        return self.shards[int(np.searchsorted(self.starts, row, side="right")) - 1]
 
 
 def write_index(folder: Path, described: dict, shards: Sequence[Shard]) -> None:
@@ -100,8 +105,8 @@ def open_index(path: str | Path, split: str) -> Index:
 def check_files(index: Index) -> None:
     """Raise ValueError for a file that is gone or not what was indexed, by its size and the time of its last change."""
     for shard in {shard.file: shard for shard in index.shards}.values():
-        if "://" in shard.file:
-            continue  # a remote file is asked when it is read
+        if shard.mark is not None:
+            continue  # a remote file is asked when it is fetched
         try:
             about = os.stat(shard.file)
         except OSError as error:
@@ -133,8 +138,7 @@ class IndexedRows:
         places, texts = self.files()
         place = places[row]
         start = int(place["text"])
-        shard = self.index.shards[int(np.searchsorted(self.index.starts, row, side="right")) - 1]
-        return shard, place, json.loads(texts[start : start + int(place["length"])])
+        return self.index.shard_of(row), place, json.loads(texts[start : start + int(place["length"])])
 
     def files(self) -> tuple[np.ndarray, mmap.mmap | bytes]:
         if self.opened is None:

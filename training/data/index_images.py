@@ -10,21 +10,27 @@ import pyarrow.parquet
 
 from .index_files import IMAGE, Index, IndexedRows, Shard, check_files, open_index, splits_of
 from .order import GROUP
+from .remote import RangeFile, is_remote
 from .rows import Rows
+from .shard_cache import ShardCache
 
 GROUPS = GROUP  # row groups held by a process: as many as are shuffled together, so that each is read once an epoch
 
 
-def image_value(shard: Shard, place: np.void, values: dict) -> dict | str | None:
-    """A path, or a dict with `path` and `bytes` or the place in a tar; None where the row has no image."""
+def image_value(shard: Shard, place: np.void, values: dict, cache: ShardCache | None = None) -> dict | str | None:
+    """A path, or a dict with `path` and `bytes` or the place in a tar; None where the row has no image.
+
+    cache: where a remote shard may lie; what it has not is read by its range.
+    """
+    file = (cache.find(shard) if cache and shard.mark else None) or shard.file
     if shard.kind == "tar":
         offset = int(place["offset"])
         if offset < 0:
             return None
         path = f"{shard.file}/{values[IMAGE]}"
-        return {"path": path, "tar": shard.file, "offset": offset, "size": int(place["size"])}
+        return {"path": path, "tar": file, "offset": offset, "size": int(place["size"])}
     if shard.kind == "parquet":
-        image = row_group(shard.file, shard.group, shard.column)[int(place["offset"])].as_py()
+        image = row_group(file, shard.group, shard.column)[int(place["offset"])].as_py()
         name = f"{shard.file}, row {int(place['offset'])} of group {shard.group}"
         if isinstance(image, dict):
             return {**image, "path": image.get("path") or name} if image.get("bytes") else image.get("path")
@@ -35,7 +41,8 @@ def image_value(shard: Shard, place: np.void, values: dict) -> dict | str | None
 @functools.lru_cache(GROUPS)
 def row_group(file: str, group: int, column: str):
     """The images of a row group, encoded, as one Arrow array."""
-    return pyarrow.parquet.ParquetFile(file).read_row_group(group, columns=[column])[column].combine_chunks()
+    opened = pyarrow.parquet.ParquetFile(RangeFile(file) if is_remote(file) else file)
+    return opened.read_row_group(group, columns=[column])[column].combine_chunks()
 
 
 class IndexedImages:

@@ -20,10 +20,11 @@ from modeling_blip2x.printable_blip2x import printable
 
 from .caption_dataset import Sampling, fill_prompt, read_row, visit
 from .images import BadRow, image_name, image_source, missing, open_image, opened
-from .index_files import Index, IndexedRows
+from .index_files import Index, IndexedRows, Shard
 from .index_images import image_value
 from .order import ShardStarts
 from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column
+from .shard_cache import ShardCache
 from .transforms import augment_image
 
 
@@ -35,6 +36,7 @@ class IndexedCaptionDataset(torch.utils.data.Dataset):
     Args:
         ranges: (first, end) of the rows that belong to it.
         text_column, prompt_column, prompt, clean_captions, sampling, source: as in `CaptionDataset`.
+        cache: where remote shards are fetched to.
     """
 
     unreadable: list[dict] = []  # found in validation alone, which does not use this
@@ -50,8 +52,9 @@ class IndexedCaptionDataset(torch.utils.data.Dataset):
         clean_captions: bool = True,
         sampling: Sampling = Sampling(),
         source: tuple[str, str] = ("", ""),
+        cache: ShardCache | None = None,
     ):
-        self.index, self.rows, self.ranges = index, IndexedRows(index), list(ranges)
+        self.index, self.rows, self.ranges, self.cache = index, IndexedRows(index), list(ranges), cache
         names = Rows({name: [] for name in index.columns})
         self.text_column = find_column(names, text_column, TEXT_COLUMNS, "text_column")
         self.asks = prompt_column is not None
@@ -106,14 +109,23 @@ class IndexedCaptionDataset(torch.utils.data.Dataset):
             "draw": rng.random(),
             "prompt": fill_prompt(self.prompt, question) if self.asks else self.prompt,
         }
-        value = image_value(shard, place, values)
+        value = image_value(shard, place, values, self.cache)
         content = image_bytes(value)
         item["image_id"] = number_of(content, values.get(self.id_column))
-        encoded = {"bytes": content, "path": image_name(value, None)}
+        encoded = {"bytes": content, "path": image_name(value, None)}  # named in reasons
         if self.crop_size is None:
             return item | {"image": open_image(encoded, None)}
         with opened(encoded, None) as image:
             return item | {"image": augment_image(image, self.crop_size, rng)}
+
+    @property
+    def has_remote(self) -> bool:
+        return any(shard.mark is not None for shard in self.index.shards)
+
+    def remote_shard(self, number: int) -> Shard | None:
+        """The shard of an item, if it is a remote one."""
+        shard = self.index.shard_of(self.row_of(number))
+        return shard if shard.mark is not None else None
 
     def turns(self, values: dict) -> list[tuple[str, list[str]]]:
         question = values.get(self.prompt_column) if self.asks else ""

@@ -23,6 +23,7 @@ from ..system.json_lines import read_json_object
 from ..system.utf8 import json_bytes
 from .images import BadRow, image_name, plain_value
 from .index_files import IMAGE, PLACE, Shard, write_index
+from .remote import RangeFile, about, download, is_remote
 from .rows import Rows
 from .tars import read_index
 
@@ -57,7 +58,9 @@ def pieces_of_files(files: Sequence[str], kind: str, image_column: str) -> list[
     """One piece for each tar, or row group of a parquet file."""
     if kind == "tar":
         return [Piece(kind, file) for file in files]
-    groups = {file: pyarrow.parquet.read_metadata(file).num_row_groups for file in files}
+    groups = {
+        file: pyarrow.parquet.ParquetFile(RangeFile(file) if is_remote(file) else file).num_row_groups for file in files
+    }
     return [Piece(kind, file, group, column=image_column) for file, n in groups.items() for group in range(n)]
 
 
@@ -115,9 +118,20 @@ def keep_if_same(parts: Path, described: dict, pieces: Sequence[Piece]) -> None:
 
 
 def index_piece(job: tuple[Path, int, Piece]) -> None:
+    """Index a piece; a remote tar is fetched for it as a whole, and removed again."""
     parts, number, piece = job
-    part = part_of_tar(piece.file) if piece.kind == "tar" else part_of_group(piece)
-    save_part(parts, number, piece, part)
+    size, mark = about(piece.file) if is_remote(piece.file) else (0, None)
+    if piece.kind == "parquet":
+        part = part_of_group(piece)
+    elif mark is None:
+        part = part_of_tar(piece.file)
+    else:
+        local = parts / f"{number:06d}.tar"
+        download(piece.file, size, local)
+        part = part_of_tar(str(local))
+        part.fault = part.fault and part.fault.replace(str(local), piece.file)
+        local.unlink()
+    save_part(parts, number, piece, part, size, mark)
 
 
 def part_of_tar(path: str) -> Part:
@@ -136,7 +150,7 @@ def columns_of(texts: dict) -> dict:
 
 def part_of_group(piece: Piece) -> Part:
     """A row group of a parquet file: its columns but those of images, and the number of each row."""
-    file = pyarrow.parquet.ParquetFile(piece.file)
+    file = pyarrow.parquet.ParquetFile(RangeFile(piece.file) if is_remote(piece.file) else piece.file)
     names = file.schema_arrow.names
     if piece.column not in names:
         raise ValueError(
@@ -202,19 +216,15 @@ def packed(samples: Iterator[tuple[object, tuple[int, int], dict]]) -> Part:
     return Part(np.array(rows, PLACE), b"".join(texts), list(columns))
 
 
-def save_part(parts: Path, number: int, piece: Piece, part: Part) -> None:
-    """Write rows, texts and, last, what says that both are whole."""
-    about = os.stat(piece.file) if os.path.exists(piece.file) else None
+def save_part(parts: Path, number: int, piece: Piece, part: Part, size: int = 0, mark: str | None = None) -> None:
+    """Write rows, texts and, last, what says that both are whole. size, mark: of a remote file."""
+    changed = 0
+    if mark is None and os.path.exists(piece.file):
+        found = os.stat(piece.file)
+        size, changed = found.st_size, found.st_mtime_ns
+    column = piece.column if piece.kind == "parquet" else None
     shard = Shard(
-        piece.kind,
-        piece.file,
-        about.st_size if about else 0,
-        about.st_mtime_ns if about else 0,
-        len(part.rows),
-        piece.group,
-        piece.column if piece.kind == "parquet" else None,
-        part.fault,
-        part.lost,
+        piece.kind, piece.file, size, changed, len(part.rows), piece.group, column, mark, part.fault, part.lost
     )
     write_whole(parts / f"{number:06d}.rows", part.rows.tobytes())
     write_whole(parts / f"{number:06d}.texts", part.texts)

@@ -183,7 +183,10 @@ class BatchOrder:
         rank: int = 0,
         num_processes: int = 1,
         samples_seen: int = 0,
+        prefetcher=None,
     ):
+        """prefetcher: told of each position, and that there are no more: see shard_cache.py."""
+        self.prefetcher = prefetcher
         self.visits, self.batch_size, self.num_batches = visits, batch_size, num_batches
         self.rank, self.num_processes, self.samples_seen = rank, num_processes, samples_seen
 
@@ -193,4 +196,8 @@ class BatchOrder:
     def __iter__(self):
         for batch in range(self.num_batches):
             start = self.samples_seen + (batch * self.num_processes + self.rank) * self.batch_size
+            if self.prefetcher is not None:
+                self.prefetcher.advance(start)
             yield [self.visits(position) for position in range(start, start + self.batch_size)]
+        if self.prefetcher is not None:
+            self.prefetcher.stop()

@@ -12,7 +12,10 @@ from .image_identity import ImageNumbers
 from .image_processor import output_size
 from .index_files import is_index
 from .index_images import open_split
+from .index_remote import index_remote
 from .indexed_dataset import IndexedCaptionDataset
+from .remote import is_remote
+from .shard_cache import ShardCache, shard_home
 
 
 def load_dataset_split(
@@ -39,8 +42,10 @@ def load_dataset_split(
             "sampling": Sampling(f"{args.seed}/{number}" if number else args.seed, crop_size, draw_text),
             "source": (f"{dataset}, {config}" if config else dataset, split),
         }
-        if draw_text and is_index(dataset) and not args.feature_cache:
-            parts.append(IndexedCaptionDataset(*open_split(dataset, split), **reading))
+        index = index_remote(dataset, split, args.image_column) if is_remote(dataset) else dataset
+        if draw_text and is_index(index) and not args.feature_cache:
+            cache = ShardCache(args.shard_cache or shard_home(), int(args.shard_cache_gb * 1e9))
+            parts.append(IndexedCaptionDataset(*open_split(index, split), **reading, cache=cache))
             continue
         with accelerator.main_process_first():
             rows = load_rows(dataset, split, args.image_folder, config)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .remote import is_remote, read_range
 from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows
 
 IMAGES = (
@@ -267,7 +268,9 @@ def read_columns(ending: str, content: bytes) -> dict:
 
 
 def read_member(address: dict) -> bytes:
-    """The bytes of an image in a tar."""
+    """The bytes of an image in a tar, of a remote one by their range."""
+    if is_remote(address["tar"]):
+        return read_range(address["tar"], address["offset"], address["size"])
     return os.pread(opened(address["tar"]).fileno(), address["size"], address["offset"])
 
 

@@ -16,6 +16,7 @@ from ..data.feature_cache import use_feature_cache
 from ..data.image_processor import has_other_size
 from ..data.killed_workers import workers_may_die
 from ..data.order import BatchOrder, visit_order
+from ..data.shard_cache import start_prefetcher
 from ..data.splits import steps_of
 from ..data.text_lengths import tell_what_is_cut
 from ..evaluation.validation import leave_out_unreadable
@@ -130,19 +131,26 @@ def batches_from_where_it_stopped(
     state = read_state(Path(args.output_dir))
     record_skips(accelerator, Path(args.output_dir), args.max_skip_fraction, train_set, eval_set, state["samples_seen"])
     parts = train_set.parts
-    order = BatchOrder(
+    visits = [
         visit_order(
             [len(part) for part in parts],
             [part.shards for part in parts],
             args.dataset_weights,
             args.seed,
             order_of(state),
-        ),
+        )
+        for _ in range(2)  # one for each thread: it remembers where it is
+    ]
+    order = BatchOrder(
+        visits[0],
         args.per_device_train_batch_size,
         (max_steps - state["step"]) * args.gradient_accumulation_steps,
         rank=accelerator.process_index,
         num_processes=accelerator.num_processes,
         samples_seen=state["samples_seen"],
+        prefetcher=start_prefetcher(train_set, visits[1], state["samples_seen"])
+        if accelerator.is_local_main_process
+        else None,
     )
     on_gpu = accelerator.device.type == "cuda"
     workers, timeout = args.dataloader_num_workers, args.dataloader_timeout
