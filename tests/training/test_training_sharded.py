@@ -250,6 +250,21 @@ def test_a_process_that_is_killed_ends_the_run(parts, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_launcher_that_may_restart_brings_all_back(parts, tmp_path):
+    """`torchrun --max_restarts`: after a process is lost, all go on from the last checkpoint, to the end."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    given = fields(parts, 2, 2, out) | {"max_steps": 300, "eval_steps": 300, "save_steps": 5}
+    process = launch([*torchrun(), "--max_restarts", "1"], given, log)
+    until(lambda: steps_saved(out) or process.poll() is not None)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert wait_or_kill(process, log) == 0, log.read_text()[-3000:]
+    assert json.loads((out / "finished.json").read_text())["steps"] == 300
+    logged = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert logged == sorted(logged) and logged[-1] == 300
+
+
+@pytest.mark.slow
 def test_stopping_the_launcher_saves(parts, tmp_path):
     """SIGTERM to torchrun, as a batch system sends it."""
     out, log = tmp_path / "out", tmp_path / "log"

@@ -94,6 +94,11 @@ class RunArguments(Arguments):
         600, "Seconds that these processes may take for a batch before the run ends, and says so; 0: any time."
     )
 
+    process_timeout: int = doc(
+        7200,
+        "Seconds that a process waits for the others, such as for one that validates or saves, before the run ends.",
+    )
+
     logging_steps: int = doc(10, "Steps averaged into one line of metrics.jsonl.")
     eval_steps: int | None = doc(None, "Steps between validations; null validates at the end only.")
     eval_samples: int = doc(
@@ -153,6 +158,7 @@ class RunArguments(Arguments):
         "seed": (0, 2**32 - 1),  # what numpy takes
         "dataloader_num_workers": (0, 1024),
         "dataloader_timeout": (0, BIG),
+        "process_timeout": (1, BIG),
         "logging_steps": (1, BIG),
         "eval_steps": (1, BIG),
         "eval_samples": (0, BIG),

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, set_seed
 
 from ..arguments.parsing import changed_fields, save_arguments
 from ..arguments.training import RunArguments
@@ -31,7 +32,9 @@ def start_run(args: RunArguments, unused_parameters: bool = False) -> Accelerato
         ),
         # Frozen towers have buffers (BatchNorm) that never change: nothing to broadcast.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused_parameters)
+            DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused_parameters),
+            # Others wait while one process validates, saves or reads: torch's ten minutes may be less than that takes.
+            InitProcessGroupKwargs(timeout=timedelta(seconds=args.process_timeout)),
         ],
     )
     check_processes(accelerator)
