@@ -14,8 +14,10 @@ from blip2x_training.data.collators import CausalLMCollator, Seq2SeqLMCollator, 
 from blip2x_training.data.formats import load_rows
 from blip2x_training.data.image_processor import output_size
 from blip2x_training.data.images import opened
+from blip2x_training.data.pixels import finished
 from blip2x_training.data.transforms import augment_image, clean_caption, draw_crop
 from blip2x_training.data.vocabulary import build_tokenizer, load_qformer_tokenizer
+from blip2x_training.engine import start
 from blip2x_training.engine.optimizer import Schedule, build_optimizer
 from blip2x_training.engine.tasks import hardness_at
 from modeling_blip2x.losses_blip2x import draw_hard_negatives
@@ -82,6 +84,31 @@ def test_training_images_are_normalised_by_the_towers_own_mean_and_std(folder):
                 mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
                 expected = (item["image"] / 255 - mean) / std
             assert tensor.shape == (3, height, width) and torch.allclose(tensor, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_levels_become_the_same_pixels(folder, device):
+    """What workers send is a quarter of the bytes, and to the last bit the same once it has arrived."""
+    processor, tokenizer = image_processor(), build_tokenizer(["a"], 1)
+    data = CaptionDataset(
+        load_rows(str(folder), "train"), sampling=Sampling(crop_size=output_size(processor)), **COLUMNS
+    )
+    items = [data[epoch, 0] for epoch in range(4)]
+    whole = Stage1Collator(processor, tokenizer, 8, cropped=True)(items)
+    sent = Stage1Collator(processor, tokenizer, 8, cropped=True, levels=True)(items)
+    assert sent["pixel_levels"].dtype == torch.uint8 and "pixel_values" not in sent
+    arrived = finished(sent, device)
+    assert arrived.keys() == whole.keys() and arrived["pixel_values"].dtype == torch.float32
+    assert torch.equal(arrived["pixel_values"].cpu(), whole["pixel_values"])
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(2, 1, 0), (8, 1, 7), (64, 8, 7), (128, 8, 8), (16, 8, 0)])
+def test_workers_by_the_cores_of_the_machine(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr(start.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert start.workers_of_machine() == workers
 
 
 def test_crops_cover_half_of_the_area_or_more_and_are_flipped_half_of_the_time():

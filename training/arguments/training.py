@@ -89,7 +89,11 @@ class RunArguments(Arguments):
     gradient_checkpointing: bool = doc(False, "Recompute activations in the backward pass to save memory.")
     torch_compile: bool = doc(False, "Compile the model with torch.compile.")
     seed: int = doc(42, "Fixes initialisation, order of data, drawn captions, crops, dropout and negatives.")
-    dataloader_num_workers: int = doc(0, "Processes that load data; 0 loads in the main one.")
+    dataloader_num_workers: int | None = doc(
+        None,
+        "Processes that load data, for each process that trains; 0 loads in that one. null: as many as there are cores for, "
+        "at most 8, with a GPU and without a feature cache; else 0.",
+    )
     dataloader_timeout: int = doc(
         600, "Seconds that these processes may take for a batch before the run ends, and says so; 0: any time."
     )

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from modeling_blip2x.printable_blip2x import printable
 
 from ..system.utf8 import json_bytes
+from .pixels import finished
 
 TRIES = 20  # rows that a visit tries before it gives up
 SAMPLE = 1000  # visits that the share of bad rows is at least judged by
@@ -36,10 +38,14 @@ class Reporting:
 
 @dataclass
 class ReportedBatches:
-    """The batches of a loader without their reports, which go to `log` as each batch is taken."""
+    """The batches of a loader without their reports, which go to `log` as each batch is taken, and with their pixels.
+
+    device: where levels of pixels become pixels.
+    """
 
     loader: Iterable[dict]
     log: "SkipLog | None"
+    device: torch.device | str = "cpu"
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -55,7 +61,7 @@ class ReportedBatches:
                     f"{TRIES} rows in a row cannot be used, the last: row {last['row']} of {last['dataset']} ({last['name']}: "
                     f"{last['reason']}). Repair or remove them."
                 )
-            yield batch
+            yield finished(batch, self.device)
 
 
 def started(loader: Iterable[dict]) -> Iterator[dict]:

@@ -418,11 +418,12 @@ def make_loader(
     num_workers: int,
     pin_memory: bool,
     timeout: float = 0,
+    device: torch.device | str = "cpu",
 ) -> ReportedBatches:
     """Batches over given lists of keys; what they skip goes to the data set's `skip_log`.
 
     The loader's own generator keeps it from advancing the global random state. timeout: seconds that workers may take for a
-    batch; 0: any time.
+    batch; 0: any time. device: where levels of pixels become pixels.
     """
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -434,4 +435,4 @@ def make_loader(
         worker_init_fn=shield_worker,
         timeout=timeout if num_workers else 0,
     )
-    return ReportedBatches(loader, dataset.skip_log)
+    return ReportedBatches(loader, dataset.skip_log, device)

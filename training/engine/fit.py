@@ -153,5 +153,5 @@ def batches_from_where_it_stopped(
         else None,
     )
     on_gpu = accelerator.device.type == "cuda"
-    workers, timeout = args.dataloader_num_workers, args.dataloader_timeout
-    return make_loader(train_set, order, task.collate, workers, pin_memory=on_gpu, timeout=timeout)
+    workers, timeout, device = args.dataloader_num_workers, args.dataloader_timeout, accelerator.device
+    return make_loader(train_set, order, task.collate, workers, pin_memory=on_gpu, timeout=timeout, device=device)

@@ -1,6 +1,7 @@
 """What all training scripts prepare alike: accelerator, folder of the run, image processor, data sets."""
 
 import json
+import os
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +18,15 @@ from ..system.environment import describe_environment
 from .checkpoint import clear_output_dir
 from .sharding import check_processes, plan_deepspeed, shard_on_cpu
 
+MOST_WORKERS, FEWEST_CORES = 8, 4
+
 
 def start_run(args: RunArguments, unused_parameters: bool = False) -> Accelerator:
     """Accelerator and seeds, the same on every process until `seed_training`."""
     if args.bf16 is None:
         args.bf16 = not args.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    if args.dataloader_num_workers is None:
+        args.dataloader_num_workers = 0 if args.feature_cache or not torch.cuda.is_available() else workers_of_machine()
     tracker, notice = choose_tracker(args.report_to)
     accelerator = Accelerator(
         mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no",
@@ -46,6 +51,13 @@ def start_run(args: RunArguments, unused_parameters: bool = False) -> Accelerato
         accelerator.print(notice)
     set_seed(args.seed)
     return accelerator
+
+
+def workers_of_machine() -> int:
+    """Loader processes for each training process of this machine: its share of the cores but one, at most 8; 0 of few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MOST_WORKERS, share - 1) if share >= FEWEST_CORES else 0
 
 
 def open_output_dir(args: RunArguments, accelerator: Accelerator) -> Path:

@@ -10,6 +10,7 @@ from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining
 
 from ..arguments.finetuning import FinetuneArguments
 from ..arguments.pretraining import Stage1Arguments, Stage2Arguments
+from ..arguments.training import RunArguments
 from ..data.caption_dataset import CaptionDataset, JointDataset
 from ..data.collators import Stage1Collator, language_collator
 from ..data.token_counts import label_tokens, text_tokens
@@ -35,7 +36,8 @@ def image_text_task(
         )
 
     def collator(cropped: bool) -> Stage1Collator:
-        return Stage1Collator(processor.image_processor, processor.tokenizer, args.max_text_length, cropped)
+        levels = sends_levels(args, cropped)
+        return Stage1Collator(processor.image_processor, processor.tokenizer, args.max_text_length, cropped, levels)
 
     def negatives(forward: int) -> dict:
         """How a forward draws its negatives: the same whatever the number of processes."""
@@ -60,6 +62,11 @@ def image_text_task(
 
     step = chunked_step(args.itc_chunk_size) if args.itc_chunk_size else plain_step
     return Task(collator(cropped=args.augment), text_tokens, validate, negatives, step)
+
+
+def sends_levels(args: RunArguments, cropped: bool) -> bool:
+    """Whether pixels come as levels: from workers, through shared memory that is small in containers."""
+    return cropped and args.dataloader_num_workers > 0
 
 
 def hardness_at(step: int, steps: int) -> float:
@@ -94,7 +101,8 @@ def language_task(
     def count_tokens(batch: dict) -> torch.Tensor:
         return label_tokens(batch, model.config.is_encoder_decoder)
 
-    collator = language_collator(model, processor, args.max_text_length, cropped=args.augment)
+    levels = sends_levels(args, args.augment)
+    collator = language_collator(model, processor, args.max_text_length, args.augment, levels)
     return Task(collator, count_tokens, validate)
 
 
