@@ -25,7 +25,7 @@ from .images import BadRow, image_name, plain_value
 from .index_files import IMAGE, PLACE, Shard, write_index
 from .remote import RangeFile, about, download, is_remote
 from .rows import Rows
-from .tars import read_index
+from .tars import columns_of, read_index
 
 RUN = 10_000  # rows of a list that count as a shard
 FEW = 16  # shards that are indexed in one process: others take seconds to start
@@ -140,12 +140,6 @@ def part_of_tar(path: str) -> Part:
         return packed((name, place, columns_of(texts)) for name, place, texts in read_index(path))
     except ValueError as error:
         return Part(np.zeros(0, PLACE), b"", [], str(error), max(1, getattr(error, "images", 1)))
-
-
-def columns_of(texts: dict) -> dict:
-    """The columns of a sample: shards with .txt and shards with .json captions go together."""
-    caption = texts.get("caption", texts.get("captions"))
-    return texts if caption is None else {"text": caption, **texts}
 
 
 def part_of_group(piece: Piece) -> Part:

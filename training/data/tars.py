@@ -22,10 +22,10 @@ import numpy as np
 from .remote import is_remote, read_range
 from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows
 
-IMAGES = (
+IMAGES = frozenset((
     "jpg", "jpeg", "jfif", "png", "webp", "bmp", "dib", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "avif", "jp2",
     "qoi", "ico", "heic", "heif",
-)  # fmt: skip
+))  # fmt: skip
 # A file of text becomes a column: of its name's ending, or "text" for .txt. A .json brings the columns of its keys.
 TEXTS = (*TEXT_COLUMNS, *PROMPT_COLUMNS)
 COLUMNS = frozenset(("txt", "json", *TEXTS))  # endings of files that bring columns
@@ -58,11 +58,16 @@ def tar_rows(paths: list[str]) -> Rows:
             shards.append(shard)
             names.append(name)
             places.append(place)
-            caption = texts.get("caption", texts.get("captions"))
-            samples.append(texts if caption is None else {"text": caption, **texts})  # shards of both kinds go together
+            samples.append(columns_of(texts))
     numbers = np.array(shards, dtype=np.int64)
     images = TarImages(paths, numbers, names, np.array(places, dtype=np.int64).reshape(-1, 2))
     return Rows({"image": images, **Rows.from_dicts(samples).columns}, numbers)
+
+
+def columns_of(texts: dict) -> dict:
+    """The columns of a sample: shards with .txt and shards with .json captions go together."""
+    caption = texts.get("caption", texts.get("captions"))
+    return texts if caption is None else {"text": caption, **texts}
 
 
 @dataclass(slots=True)
@@ -71,7 +76,7 @@ class Member:
 
     name: str
     place: tuple[int, int]  # offset and size
-    columns: dict = field(default_factory=dict)
+    columns: dict | None = None
 
 
 @dataclass(slots=True)
@@ -87,12 +92,14 @@ class Sample:
     def columns(self) -> dict:
         found = {}
         for ending, member in self.files.items():
-            found |= member.columns if ending in COLUMNS else {}
+            if member.columns and ending in COLUMNS:
+                found |= member.columns
         return found
 
-    def row(self) -> tuple[str, tuple[int, int], dict]:
+    def image(self) -> tuple[str, tuple[int, int]]:
+        """Name and place of its image, the last one; its own name and no place where it has none."""
         images = [member for ending, member in self.files.items() if ending in IMAGES]
-        return (images[-1].name, images[-1].place, self.columns()) if images else (self.stem, (-1, 0), self.columns())
+        return (images[-1].name, images[-1].place) if images else (self.stem, (-1, 0))
 
 
 def read_index(path: str) -> Iterator[tuple[str, tuple[int, int], dict]]:
@@ -104,12 +111,13 @@ def read_index(path: str) -> Iterator[tuple[str, tuple[int, int], dict]]:
     places: dict[str, list[Sample]] = {}
     for sample in neighbours:
         places.setdefault(sample.stem, []).append(sample)
-    samples = [sample for found in places.values() for sample in joined(path, found)]
-    told = {sample.stem for sample in samples if sample.columns() and sample.has_image()}
-    for sample in samples:
+    samples = [sample for found in places.values() for sample in (found if len(found) == 1 else joined(path, found))]
+    described = [(sample, sample.columns()) for sample in samples]
+    told = {sample.stem for sample, columns in described if columns and sample.has_image()}
+    for sample, columns in described:
         # Left out is 0001.seg.png beside 0001.jpg with its text: another picture of that sample.
-        if sample.columns() or told.isdisjoint(shorter_names(sample.stem)):
-            yield sample.row()
+        if columns or told.isdisjoint(shorter_names(sample.stem)):
+            yield (*sample.image(), columns)
 
 
 def read_members(path: str) -> list[Member]:
