@@ -59,7 +59,7 @@ def test_the_tree_of_the_readme_is_that_of_the_repository():
 def test_commands_of_an_installed_package_are_those_of_setup():
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     named = {name for page in PAGES for name in re.findall(r"`(blip2x-\w+)`", page.read_text(encoding="utf-8"))}
-    assert len(named) == 8 and all(f'"{name} = ' in setup for name in named)
+    assert len(named) == 9 and all(f'"{name} = ' in setup for name in named)
 
 
 def test_the_readme_is_short():

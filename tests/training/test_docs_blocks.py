@@ -24,8 +24,17 @@ from tests.helpers.training_parts import make_language_model, make_vision_model
 RUN_ELSEWHERE = {"export.md"}  # block by block in the test of exports
 LANGUAGES = {"python", "bash", "text", "json"}
 TOOLS = ("pytest",)  # of the extra `test`
-# Of every script, of ruff, of LAVIS, of accelerate
+# Of every script, of ruff, of LAVIS, of accelerate, of torchrun, of SLURM
 OTHER_FLAGS = {"--help", "--config", "--check", "--cfg", "--config_file", "--cpu", "--num_cpu_threads_per_process"}
+OTHER_FLAGS |= {
+    "--num_processes",
+    "--num_machines",
+    "--machine_rank",
+    "--main_process_ip",
+    "--node_rank",
+    "--max_restarts",
+}
+OTHER_FLAGS |= {"--requeue", "--signal"}
 SOURCES = [
     path
     for folder in ("training", "benchmarks", "space_app", "modeling_blip2x")

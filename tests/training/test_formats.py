@@ -14,8 +14,9 @@ from blip2x_training.arguments.parsing import parse_arguments
 from blip2x_training.arguments.pretraining import Stage1Arguments
 from blip2x_training.data.caption_dataset import CaptionDataset, JointDataset, Sampling
 from blip2x_training.data.collators import Stage1Collator
-from blip2x_training.data.formats import expand_braces, image_start, load_rows, vqa_rows
+from blip2x_training.data.formats import image_start, load_rows, vqa_rows
 from blip2x_training.data.order import BatchOrder, EpochOrder
+from blip2x_training.data.shard_files import expand_braces
 from blip2x_training.data.splits import load_dataset_split
 from blip2x_training.data.vocabulary import build_tokenizer
 from tests.helpers.tiny import image_processor

@@ -118,6 +118,8 @@ def read_flag(parser: HfArgumentParser, kind: type, flag: str, tokens: list[str]
         else:
             problems.append(f"{flag} cannot be null. Leave it out for its default, or give a value.")
         return
+    if not tokens and bool in typing.get_args(typing.get_type_hints(kind)[name]) and flag == f"--{name}":
+        tokens = ["true"]  # as of a field that cannot be null, where HfArgumentParser itself takes it so
     try:
         # "=" keeps a value that starts with a dash, such as -2, from being read as another flag.
         known, rest = parser.parse_known_args([f"{flag}={tokens[0]}"] if len(tokens) == 1 else [flag, *tokens])
