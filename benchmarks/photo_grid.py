@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modeling_blip2x import Blip2xForConditionalGeneration, Blip2xForPreTraining, Blip2xProcessor
 from modeling_blip2x.images_blip2x import rgb_image
 
 LICENSE = "Attribution License"  # CC BY 2.0
 COLUMNS, WIDTH, SIDE = 4, 12.0, 2.3  # photos beside one another; inches of the picture, of a photo
+SHOWN = (640, 480)  # pixels; photos of one shape leave the same room for the texts over them
 BEAMS = 3
 
 
@@ -82,7 +83,7 @@ def main() -> None:
     for axis in axes.flat:
         axis.set_axis_off()
     for number, (axis, image, row) in enumerate(zip(axes.flat, images, rows)):
-        axis.imshow(image)
+        axis.imshow(ImageOps.pad(image, SHOWN, color="white"))
         said = [textwrap.fill(name + written[number], 38) for name, written in texts.items()]
         axis.set_title(said[0], fontsize=9, weight="bold", loc="left")
         below = "\n".join([*said[1:], credit(row)])

@@ -37,8 +37,8 @@ class PhotosArguments(Arguments):
     train_split: str = doc("train", "Split to train on.")
     eval_split: str | None = doc(None, "Split to validate on; null: validation, or the last tenth of train_split.")
     prompt: str = doc("a photo of", "What the language model reads between the image and the caption.")
-    stage1_steps: int | None = doc(None, "Steps of stage 1; null: ten passes over the captions, 4700 at most.")
-    stage2_steps: int | None = doc(None, "Steps of stage 2; null: four passes over the captions, 3800 at most.")
+    stage1_steps: int | None = doc(None, "Steps of stage 1; null: five passes over the captions, 2400 at most.")
+    stage2_steps: int | None = doc(None, "Steps of stage 2; null: two passes over the captions, 1900 at most.")
     lora: str | None = doc(
         None, "As in pretrain_stage2.py: lm also trains an adapter of the language model in stage 2."
     )

@@ -86,9 +86,9 @@ def test_a_validation_split_is_taken_where_there_is_one(parts, tmp_path):
 def test_the_plan_follows_from_the_size_of_the_data():
     large = make_plan(SPLITS, 6000, 30_000, 1000, (None, None))
     assert (large.stage1.batch, large.stage2.batch, large.views) == (64, 32, 4)
-    assert large.stage1.steps == round(10 * 30_000 / 64) and "docs/photos.md" in large.expectation
+    assert large.stage1.steps == round(5 * 30_000 / 64) and "docs/photos.md" in large.expectation
     huge = make_plan(SPLITS, 10**6, 5 * 10**6, 1000, (None, None))
-    assert huge.stage1.steps == 4700 and huge.views == 1, "two hours, and no terabyte of views"
+    assert huge.stage1.steps == 2400 and huge.views == 1, "an hour, and no terabyte of views"
     small = make_plan(SPLITS, 45, 45, 5, (None, 7))
     assert (small.stage1.batch, small.stage1.steps, small.stage2.steps) == (22, 300, 7)
     assert "45 photos show that everything works, and little more" in small.expectation

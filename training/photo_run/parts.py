@@ -22,7 +22,7 @@ BERT_SCALE = "0.33"  # of the learning rate, for what came from BERT
 BEAMS, RERANKED = "3", "16"  # beams of captions; candidates of each photo and caption that ITM ranks again
 # Seconds of Flickr8k's run on two cores (docs/photos.md): to begin, an image through MobileNetV2, a pair of each stage's
 # step with SmolLM2-135M, an image that is ranked, captioned by the ITG head, by the language model.
-START, FEATURE, PAIR1, PAIR2, RANKED, ITG, CAPTION = 20.0, 0.025, 0.017, 0.055, 0.3, 0.1, 0.7
+START, FEATURE, PAIR1, PAIR2, RANKED, ITG, CAPTION = 20.0, 0.025, 0.018, 0.04, 0.3, 0.1, 0.22
 
 
 @dataclass(frozen=True)

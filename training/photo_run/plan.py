@@ -12,8 +12,8 @@ from ..system.json_lines import read_json_object
 
 # Passes over the captions, and the most steps: those of the recipe on Flickr8k's 30 000 (docs/photos.md). Fewest steps: with
 # fewer, ITC has not left chance, whatever the data.
-STAGE1_PASSES, STAGE1_STEPS = 10, (300, 4700)
-STAGE2_PASSES, STAGE2_STEPS = 4, (200, 3800)
+STAGE1_PASSES, STAGE1_STEPS = 5, (300, 2400)
+STAGE2_PASSES, STAGE2_STEPS = 2, (200, 1900)
 STAGE1_BATCH, STAGE2_BATCH = 64, 32  # images of a step; ITC contrasts each with the others
 VIEWS, MOST_VIEWED = 4, 20_000  # augmented views of each photo in the cache, up to as many photos
 HELD_OUT = 10  # percent of the photos, where the data has no validation split
