@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from blip2x_training import index_dataset
+from blip2x_training.data import indexing
 from blip2x_training.data.caption_dataset import CaptionDataset, Sampling
+from blip2x_training.data.first_index import first_index
 from blip2x_training.data.formats import load_rows
 from blip2x_training.data.index_images import open_split
 from blip2x_training.data.indexed_dataset import IndexedCaptionDataset
@@ -125,9 +128,35 @@ def test_an_index_whose_files_have_changed_is_refused(change, folder, tmp_path):
         open_split(str(tmp_path / "index"), "train")
 
 
+def test_tars_are_indexed_at_their_first_use(folder, tmp_path, monkeypatch):
+    """And again where a file has changed, is there no more, or the index is damaged."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    dataset, written = tars(folder), []
+    real = indexing.part_of_tar
+    monkeypatch.setattr(indexing, "part_of_tar", lambda path: written.append(path) or real(path))
+    home = Path(first_index(dataset, "train"))
+    assert len(written) == 3 and first_index(dataset, "train[:5]") == str(home) and len(written) == 3
+    os.utime(folder / "001.tar", ns=(1, 1))
+    assert first_index(dataset, "train") == str(home) and len(written) == 6
+    (home / "train" / "rows.bin").write_bytes(b"")
+    assert first_index(dataset, "train") == str(home) and len(written) == 9
+    (folder / "002.tar").unlink()
+    assert len(open_split(first_index(dataset, "train"), "train")[0]) == 10
+
+
+def test_processes_wait_for_the_one_that_indexes(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    dataset, written = tars(folder), []
+    real = indexing.part_of_tar
+    monkeypatch.setattr(indexing, "part_of_tar", lambda path: written.append(path) or real(path))
+    with ThreadPoolExecutor(4) as pool:  # a lock of its own for each opening of the file, as for each process
+        homes = set(pool.map(lambda _: first_index(dataset, "train"), range(4)))
+    assert len(homes) == 1 and len(written) == 3
+
+
 def test_a_killed_indexing_continues(folder, tmp_path, monkeypatch, capsys):
     dataset, output = tars(folder), tmp_path / "index"
-    real, done = index_dataset_module().part_of_tar, []
+    real, done = indexing.part_of_tar, []
 
     def killed(path: str):
         done.append(path)
@@ -135,7 +164,7 @@ def test_a_killed_indexing_continues(folder, tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(path)
 
-    monkeypatch.setattr(index_dataset_module(), "part_of_tar", killed)
+    monkeypatch.setattr(indexing, "part_of_tar", killed)
     with pytest.raises(KeyboardInterrupt):
         index_dataset.main([dataset, "--output", str(output), "--num_workers", "1"])
     assert not (output / "train" / "index.json").exists()
@@ -146,12 +175,6 @@ def test_a_killed_indexing_continues(folder, tmp_path, monkeypatch, capsys):
     assert "2 of 3 shards are indexed already" in capsys.readouterr().out
     indexed(dataset, output)
     assert len(done) == 4, "an index that is there is not written again"
-
-
-def index_dataset_module():
-    from blip2x_training.data import indexing
-
-    return indexing
 
 
 def test_damage_of_an_index_is_told(folder, tmp_path):

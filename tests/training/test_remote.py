@@ -12,9 +12,9 @@ import pytest
 
 from blip2x_training.data import remote, shard_cache
 from blip2x_training.data.caption_dataset import CaptionDataset, Sampling
+from blip2x_training.data.first_index import first_index
 from blip2x_training.data.formats import load_rows
 from blip2x_training.data.index_images import open_split
-from blip2x_training.data.index_remote import index_remote
 from blip2x_training.data.indexed_dataset import IndexedCaptionDataset
 from blip2x_training.data.order import BatchOrder, visit_order
 from blip2x_training.data.shard_cache import Prefetcher, ShardCache, start_prefetcher
@@ -67,7 +67,7 @@ def braces(folder: Path, root: str, kind: str) -> str:
 
 
 def opened(dataset: str, tmp_path: Path, limit: int = 10**9) -> IndexedCaptionDataset:
-    split = open_split(index_remote(dataset, "train"), "train")
+    split = open_split(first_index(dataset, "train"), "train")
     return IndexedCaptionDataset(*split, sampling=Sampling(seed=1), cache=ShardCache(tmp_path / "shards", limit))
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import datasets
 
 from .csv_rows import ENDINGS, csv_rows
+from .first_index import first_index
 from .folder_cache import load_folder
 from .index_files import is_index
 from .index_images import open_split, rows_of_index
-from .index_remote import index_remote
 from .llava_rows import llava_rows
 from .remote import is_remote
 from .rows import Rows, take_split
@@ -43,7 +43,7 @@ def load_rows(
     try:
         check_config(dataset, config)
         if is_remote(dataset):
-            rows = rows_of_index(*open_split(index_remote(dataset, split), split))
+            rows = rows_of_index(*open_split(first_index(dataset, split), split))
         elif is_index(path):
             rows = rows_of_index(*open_split(dataset, split))
         elif files:

@@ -65,8 +65,11 @@ class IndexedCaptionDataset(torch.utils.data.Dataset):
         self.id_column = next((name for name in IMAGE_ID_COLUMNS if name in index.columns), None)
         self.seed, self.crop_size = sampling.seed, sampling.crop_size
         self.source, self.sources, self.skip_log = source, {source}, None
-        self.ends = np.cumsum([end - first for first, end in self.ranges]).tolist()
+        self.ends = np.cumsum([end - first for first, end in self.ranges]).tolist() or [0]
         self.left_out = [self.report_of_shard(number) for number, one in enumerate(index.shards) if one.fault]
+        if not len(self):
+            why = f" The first shard that is left out: {self.left_out[0]['reason']}" if self.left_out else ""
+            raise ValueError(f"--dataset {source[0]}, split {source[1]!r} has no rows.{why}")
         self.num_rows = len(self) + sum(report["rows"] for report in self.left_out)
 
     def __len__(self) -> int:

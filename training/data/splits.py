@@ -2,20 +2,22 @@
 
 import functools
 import math
+import re
 
 from accelerate import Accelerator
 
 from ..arguments.training import RunArguments
 from .caption_dataset import CaptionDataset, JointDataset, Sampling
-from .formats import image_start, load_rows
+from .first_index import first_index
+from .formats import NO_CONFIG, image_start, load_rows
 from .image_identity import ImageNumbers
 from .image_processor import output_size
 from .index_files import is_index
 from .index_images import open_split
-from .index_remote import index_remote
 from .indexed_dataset import IndexedCaptionDataset
 from .remote import is_remote
 from .shard_cache import ShardCache, shard_home
+from .shard_files import shard_files
 
 
 def load_dataset_split(
@@ -29,11 +31,16 @@ def load_dataset_split(
 ) -> CaptionDataset | JointDataset:
     """One split of each data set, as one; the main process reads first, so that others find datasets' cache.
 
-    For training, rows of an index are read when they are visited, unless their features come from a cache.
+    For training, rows of an index (of tars and of what is remote there always is one) are read when they are visited, unless
+    their features come from a cache.
     """
     parts, known_images = [], ImageNumbers()
     configs = args.dataset_config or [None] * len(args.dataset)
-    for number, (dataset, config) in enumerate(zip(args.dataset, configs, strict=True)):
+    given = list(zip(args.dataset, configs, strict=True))
+    reads_index = draw_text and not args.feature_cache
+    # Tars beside data sets of other kinds are loaded like these: so an image that both hold is known as one.
+    all_shards = reads_index and all(may_be_indexed(args, dataset, config, split) for dataset, config in given)
+    for number, (dataset, config) in enumerate(given):
         reading = {
             "text_column": args.text_column,
             "prompt_column": prompt_column,
@@ -42,8 +49,10 @@ def load_dataset_split(
             "sampling": Sampling(f"{args.seed}/{number}" if number else args.seed, crop_size, draw_text),
             "source": (f"{dataset}, {config}" if config else dataset, split),
         }
-        index = index_remote(dataset, split, args.image_column) if is_remote(dataset) else dataset
-        if draw_text and is_index(index) and not args.feature_cache:
+        index = None
+        if reads_index and (all_shards or is_index(dataset) or is_remote(dataset)):
+            index = dataset if is_index(dataset) else first_index(dataset, split, args.image_column)
+        if index:
             cache = ShardCache(args.shard_cache or shard_home(), int(args.shard_cache_gb * 1e9))
             parts.append(IndexedCaptionDataset(*open_split(index, split), **reading, cache=cache))
             continue
@@ -58,6 +67,15 @@ def load_dataset_split(
         )
         parts.append(part)
     return JointDataset(parts) if len(parts) > 1 else parts[0]
+
+
+def may_be_indexed(args: RunArguments, dataset: str, config: str | None, split: str) -> bool:
+    """Whether training on a data set reads an index: one that is given, or that of tars and of what is remote."""
+    if is_index(dataset) or is_remote(dataset):
+        return True
+    plain = config in NO_CONFIG and args.image_column == "image"
+    shards = shard_files(dataset, re.match(r"\w*", split)[0]) if plain else None
+    return shards is not None and shards[0] == "tar"
 
 
 def count_steps(args: RunArguments, num_rows: int, num_processes: int) -> int:
