@@ -126,6 +126,8 @@ def load_data(
         raise ValueError(
             f"--data {args.data}, split {args.split!r} has no questions. Name their column: --prompt_column."
         )
+    if args.other_images:
+        data.exchange_images()
     if args.task == "classification":
         candidates = class_names(args.classes, rows, args.text_column)
         by_id = read_names(args.classes)[1] if args.classes else {}
@@ -194,6 +196,8 @@ def protocol_of(
         protocol |= {"candidates": len(candidates), "score": "mean log-likelihood of the tokens"}
     else:
         protocol |= args.generation
+    if args.other_images:
+        protocol |= {"images": "each sample has that of another"}
     if args.task == "vqa":
         protocol |= {"clean_questions": args.clean_questions, "lemmatize": args.lemmatize}
     return protocol | {"autocast": "bfloat16" if args.bf16 else "none"}

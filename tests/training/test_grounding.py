@@ -124,3 +124,20 @@ def test_evaluation_tells_them(make, llm, tmp_path):
     assert ("image_worth" in found["metrics"]) == (llm is not None)
     if llm:
         assert found["metrics"]["image_worth_error"] > 0 and abs(found["metrics"]["image_worth"]) < 5
+
+
+def test_evaluation_without_looking(tmp_path):
+    """--other_images: each sample is shown its partner's image, so what is written is the partner's."""
+    captions = {number: [f"a {number} in the snow"] for number in range(1, 11)}
+    given = {
+        "model": make_stage2(tmp_path / "model", "opt"),
+        "task": "caption",
+        "data": coco_file(tmp_path / "captions.json", captions),
+        "image_folder": make_photos(tmp_path / "photos", count=10),
+    }
+    plain, blind = (evaluate(tmp_path / str(other), **given, other_images=other) for other in (False, True))
+    texts = texts_of(plain[1])
+    assert texts_of(blind[1]) == [texts[row] for row in others(list(captions))] and len(set(texts)) > 1
+    assert "image_worth" not in blind[0]["metrics"] and "images" in blind[0]["protocol"]
+    with pytest.raises(ValueError, match="--other_images is for captions and answers, not for --task retrieval"):
+        evaluate(tmp_path / "other", **given | {"task": "retrieval"}, other_images=True)

@@ -87,6 +87,10 @@ class EvaluationArguments(Arguments):
         None, "Visual question answering by choice: file with all answers there are, JSON or a line each."
     )
 
+    other_images: bool = doc(
+        False,
+        "Captions and answers: each sample is shown the image of another, which tells what is known without looking.",
+    )
     metric: str | None = doc(
         None, f"Of answers: {', '.join(VQA_METRICS)}; null: vqa_accuracy where each question has ten, else exact_match."
     )
@@ -146,6 +150,8 @@ class EvaluationArguments(Arguments):
             found.append(f"--prompt is {self.prompt!r}, but a caption has no question for its {{}}.")
         if any("{}" not in template for template in self.templates):
             found.append(f"--templates are {self.templates}, but each needs {{}} where the class goes.")
+        if self.other_images and self.task not in ("caption", "vqa"):
+            found.append(f"--other_images is for captions and answers, not for --task {self.task}. Leave it out.")
         if self.scorer and self.task != "caption":
             found.append("--scorer scores captions. Drop it, or choose --task caption.")
         return found

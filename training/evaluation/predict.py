@@ -105,8 +105,9 @@ def worth_of_images(
     args: EvaluationArguments, accelerator: Accelerator, checkpoint: Checkpoint, data: EvaluationSet, found: list[dict]
 ) -> dict[str, float]:
     """What images are worth to a language model's loss on the first reference, over at most WORTH_ROWS samples that it
-    has written for: see `image_worth`. Empty for what has no language model or no references."""
-    if checkpoint.stage == 1 or args.task not in ("caption", "vqa"):
+    has written for: see `image_worth`. Empty for what has no language model or no references, and where images are exchanged
+    already."""
+    if checkpoint.stage == 1 or args.other_images or args.task not in ("caption", "vqa"):
         return {}
     usable = [n for n, sample in enumerate(data.samples) if sample.references and "skipped" not in found[n]]
     usable = usable[:WORTH_ROWS]

@@ -14,6 +14,7 @@ from ..data.rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, Rows, find_column
 from ..data.texts import plain_texts
 from ..data.transforms import clean_caption
 from ..system.utf8 import not_utf8
+from .grounding import others
 
 COLUMNS = {  # task: where its texts are looked for
     "caption": ("caption", "captions", "text", "text_output"),
@@ -80,6 +81,7 @@ class EvaluationSet(ImageDataset):
         blank = [self.asked[place].row for place in shown if not self.asked[place].question and task == "vqa"]
         self.skipped += [self.report(row, BadRow("blank question")) for row in blank]
         self.samples = [self.asked[place] for place in self.places]
+        self.partners: list[int] | None = None
         if self.skipped and not self.samples:
             first = self.skipped[0]
             raise ValueError(
@@ -151,11 +153,26 @@ class EvaluationSet(ImageDataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         sample = self.samples[key[1]]
         return {
-            "image": open_image(self.images[sample.row][self.image_column], self.folder),
+            "image": open_image(self.images[self.row_shown(key[1])][self.image_column], self.folder),
             "prompt": fill_prompt(self.prompt, sample.question) if sample.question else self.prompt,
             "text": sample.references[0] if sample.references else "",
             "image_id": key[1],
         }
+
+    def row_shown(self, number: int) -> int:
+        """The row whose image a sample is shown."""
+        return self.samples[number if self.partners is None else self.partners[number]].row
+
+    def exchange_images(self) -> None:
+        """Show each sample the image of another from now on: see `grounding.others`.
+
+        Raises ValueError where one image has more than half of the samples.
+        """
+        self.partners = others([sample.image_id for sample in self.samples])
+        if self.partners is None:
+            raise ValueError(
+                f"--other_images is true, but one image has more than half of the {len(self)} samples. Evaluate more images."
+            )
 
     def readable_items(self, numbers: list[int]) -> dict[int, dict | BadRow]:
         """Items of samples, or why an image cannot be read."""
@@ -173,7 +190,7 @@ class EvaluationSet(ImageDataset):
         return [sample.references for sample in self.samples]
 
     def image_of(self, number: int) -> Image.Image:
-        return self.image(self.samples[number].row)
+        return self.image(self.row_shown(number))
 
     def drop(self, numbers: set[int]) -> None:
         """Leave samples out."""
