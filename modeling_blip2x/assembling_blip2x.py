@@ -103,6 +103,7 @@ def _qformer_config(qformer: str | Blip2xQFormerConfig | None, tokenizer: object
             vocab_size=max(bert.vocab_size, dec + 1),
             bos_token_id=dec,
             eos_token_id=None if tokenizer is None else tokenizer.sep_token_id,
+            mask_token_id=None if tokenizer is None else tokenizer.mask_token_id,
         )
     else:
         qformer_config = qformer or Blip2xQFormerConfig()

@@ -71,6 +71,11 @@ def refuse_unknown_fields(config_class: type, keywords: dict) -> None:
         raise ValueError(f"{config_class.__name__} has no field {', '.join(map(repr, unknown))}. {hint}")
 
 
+def check_share(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} is {value}, but must be at least 0 and less than 1, such as 0.3.")
+
+
 @strict
 class Blip2xQFormerConfig(PreTrainedConfig):
     """Querying Transformer; BERT-base shape by default (paper, section 3.1).
@@ -78,6 +83,7 @@ class Blip2xQFormerConfig(PreTrainedConfig):
     vocab_size: rows of the word embedding, [DEC] included. bos_token_id: [DEC], the start token of ITG; by default the
     last row.
     eos_token_id: [SEP], where captions of the ITG head end; None lets them run to their longest length.
+    word_dropout: share of words of a text that are read as `mask_token_id` while training; what ITG is to predict stays.
     cross_attention_frequency: every n-th layer, from layer 0, attends to the image.
     encoder_hidden_size: width of the image features; derived from the vision config by `Blip2xConfig`.
     """
@@ -99,6 +105,8 @@ class Blip2xQFormerConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+    mask_token_id: int | None = None
+    word_dropout: float | int = 0.0
     cross_attention_frequency: int = 2
     encoder_hidden_size: int | None = None
     use_qformer_text_input: bool = True
@@ -110,6 +118,11 @@ class Blip2xQFormerConfig(PreTrainedConfig):
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, but {self.hidden_size} is not one of "
                 f"{self.num_attention_heads}."
+            )
+        check_share("word_dropout", self.word_dropout)
+        if self.word_dropout and self.mask_token_id is None:
+            raise ValueError(
+                f"word_dropout is {self.word_dropout}, but mask_token_id is None. Set it to the tokenizer's [MASK]."
             )
         if self.cross_attention_frequency < 1:
             raise ValueError(f"cross_attention_frequency must be at least 1, got {self.cross_attention_frequency}.")
@@ -131,6 +144,8 @@ class Blip2xConfig(PreTrainedConfig):
     objectives: losses of stage 1 that are trained; the paper's three by default.
     itc_loss: softmax over the batch (the paper), or a sigmoid for each pair (SigLIP), which adds a learned bias.
     query_spread: weight of `query_spread_loss` while training; 0 is the paper.
+    position_dropout, feature_dropout: shares of an image's positions that are left out, and of its features that are zero,
+        while training: for all queries alike, unlike dropout within the Q-Former, whose noise passes for a distance of queries.
     interpolate_pos_encoding: images are of another size than the tower was trained at, as in fine-tuning at 364 pixels:
         its position embeddings are always interpolated.
     prompt_template: the prompt the model was trained with, for example `Question: {} Answer:`; "" if with none, None if
@@ -164,6 +179,8 @@ class Blip2xConfig(PreTrainedConfig):
     objectives: list[str] | tuple[str, ...] = OBJECTIVES
     itc_loss: str = "softmax"
     query_spread: float = 0.0
+    position_dropout: float | int = 0.0
+    feature_dropout: float | int = 0.0
     part_dtypes: dict[str, str] | None = None
     tie_word_embeddings: bool = False
 
@@ -182,6 +199,8 @@ class Blip2xConfig(PreTrainedConfig):
             raise ValueError(f"itc_loss is {self.itc_loss!r}; choose from {', '.join(ITC_LOSSES)}.")
         if not 0 <= self.query_spread < float("inf"):
             raise ValueError(f"query_spread is {self.query_spread}, but must be at least 0, such as 1.")
+        check_share("position_dropout", self.position_dropout)
+        check_share("feature_dropout", self.feature_dropout)
         if self.num_query_tokens < 1:
             raise ValueError(f"num_query_tokens must be at least 1, got {self.num_query_tokens}.")
 

@@ -20,7 +20,7 @@ from .configuration_blip2x import Blip2xConfig
 from .outputs_blip2x import Blip2xModelOutput, chosen_hidden_states
 from .qformer_blip2x import KeyValues, QFormer, QueryTokens, dtype_of_inputs, in_own_dtype
 from .recomputing_blip2x import as_transformers_does, recompute_in_eval_mode
-from .vision_blip2x import build_vision_tower, freeze_unused_parts, parameters_of_features, vision_features
+from .vision_blip2x import build_vision_tower, freeze_unused_parts, parameters_of_features, thinned, vision_features
 
 QUERY_STD = 0.02  # of the official implementation
 
@@ -291,7 +291,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
             raise ValueError(f"Pass either pixel_values or vision_embeds, got {given}.")
         if vision_embeds is not None:
             check_images("vision_embeds", vision_embeds, self.training)
-            return BaseModelOutput(last_hidden_state=vision_embeds)
+            return self.as_trained(BaseModelOutput(last_hidden_state=vision_embeds))
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"pixel_values must be (batch, channels, height, width), got shape {tuple(pixel_values.shape)}. Add the "
@@ -301,7 +301,7 @@ class Blip2xModel(Blip2xPreTrainedModel):
         # A frozen tower builds no graph: it would keep its activations for gradients that nobody takes.
         frozen = not any(parameter.requires_grad for parameter in self.vision_model.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            return vision_features(
+            vision = vision_features(
                 self.vision_model,
                 pixel_values.to(dtype_of_inputs(self.vision_model, pixel_values.dtype)),
                 self.config.vision_feature_layer,
@@ -309,6 +309,14 @@ class Blip2xModel(Blip2xPreTrainedModel):
                 output_attentions,
                 output_hidden_states,
             )
+        return self.as_trained(vision)
+
+    def as_trained(self, vision: BaseModelOutput) -> BaseModelOutput:
+        """Features with what `position_dropout` and `feature_dropout` leave of them while training; else as they are."""
+        dropouts = self.config.position_dropout, self.config.feature_dropout
+        if self.training and any(dropouts) and vision.last_hidden_state.ndim == 3:
+            vision.last_hidden_state = thinned(vision.last_hidden_state, *dropouts)
+        return vision
 
     def image_key_values(self, vision_embeds: torch.Tensor) -> tuple[KeyValues | None, ...]:
         """vision_embeds (B, N, D) -> normalised, then keys and values for every cross-attention of the Q-Former."""

@@ -224,7 +224,17 @@ class QFormerTextEmbeddings(nn.Module):
                 "Truncate it (processor(..., truncation=True, max_length=...))."
             )
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+        return self.word_embeddings(self.as_trained(input_ids)) + self.position_embeddings(positions)
+
+    def as_trained(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Ids (B, L) with a random share, `word_dropout`, of the words as [MASK] while training; never [CLS], [DEC], [SEP]."""
+        if not (self.training and self.config.word_dropout):
+            return input_ids
+        hidden = torch.rand(input_ids.shape, device=input_ids.device) < self.config.word_dropout
+        hidden[:, 0] = False
+        for special in {self.config.eos_token_id, self.config.pad_token_id} - {None}:
+            hidden &= input_ids != special
+        return input_ids.masked_fill(hidden, self.config.mask_token_id)
 
     def vocabulary(self, device: torch.device) -> torch.Tensor:
         """The embedding of every word (vocabulary, H): output matrix of the ITG head, which runs on `device`."""

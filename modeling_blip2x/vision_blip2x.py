@@ -133,3 +133,20 @@ def vision_features(
         hidden_states=chosen_hidden_states(output.hidden_states, output_hidden_states),
         attentions=getattr(output, "attentions", None) if output_attentions else None,
     )
+
+
+def thinned(features: torch.Tensor, position_dropout: float, feature_dropout: float) -> torch.Tensor:
+    """Features (B, N, D) of images as training may show them, (B, N', D): without a random share of each image's positions,
+    and with zeros for a random share of its D features, the others scaled up as dropout does.
+
+    At least one position is left.
+    """
+    batch, positions, width = features.shape
+    if position_dropout:
+        left = max(1, round(positions * (1 - position_dropout)))
+        kept = torch.rand(batch, positions, device=features.device).argsort(dim=1)[:, :left].sort(dim=1).values
+        features = features.gather(1, kept[:, :, None].expand(-1, -1, width))
+    if feature_dropout:
+        kept = torch.rand(batch, 1, width, device=features.device) >= feature_dropout
+        features = features * (kept / (1 - feature_dropout)).to(features.dtype)
+    return features

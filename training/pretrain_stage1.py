@@ -71,6 +71,12 @@ def run(args: Stage1Arguments, accelerator: Accelerator) -> None:
         )
     processor = Blip2xProcessor(image_processor, tokenizer)
     model.freeze_unimodal()
+    model.config.qformer_config.mask_token_id = tokenizer.mask_token_id
+    if args.word_dropout and tokenizer.mask_token_id is None:
+        raise ValueError(
+            f"--word_dropout is {args.word_dropout}, but the Q-Former's tokenizer has no mask_token to read in place of words. "
+            "Leave it out."
+        )
     shape = model.config.qformer_config
     if model.config.query_spread and max(shape.hidden_dropout_prob, shape.attention_probs_dropout_prob) > 0:
         accelerator.print(
@@ -90,6 +96,7 @@ def qformer_config(fields: dict | None, tokenizer) -> Blip2xQFormerConfig:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.sep_token_id,
             "pad_token_id": tokenizer.pad_token_id,
+            "mask_token_id": tokenizer.mask_token_id,
             **(fields or {}),
         }
     )

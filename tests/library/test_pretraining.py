@@ -6,9 +6,11 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_blip2x import Blip2xForImageTextRetrieval, imagetext_blip2x, losses_blip2x, pretraining_blip2x
 from modeling_blip2x.losses_blip2x import query_spread_loss
+from modeling_blip2x.vision_blip2x import thinned
 from tests.helpers.tiny import QUERIES, TOWERS, batch, stage1
 
 LOSSES = ("loss_itc", "loss_itm", "loss_itg")
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def test_loss_is_the_plain_sum():
@@ -281,10 +283,10 @@ def test_a_layer_that_the_tower_lacks_is_named(layer):
 def test_queries_are_kept_apart_in_training_alone(monkeypatch):
     """By default not at all: the paper's losses. A validation compares runs with and without it."""
     monkeypatch.setattr(losses_blip2x, "QUERY_DISTANCE", 1.5)  # random ones are 1.4 apart
-    data, still = batch(), {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    model = stage1(qformer=still, query_spread=3.0)
+    data = batch()
+    model = stage1(qformer=STILL, query_spread=3.0)
     trained, validated = model.train()(**data, negative_seed=0), model.eval()(**data, negative_seed=0)
-    paper = stage1(qformer=still).train()(**data, negative_seed=0)
+    paper = stage1(qformer=STILL).train()(**data, negative_seed=0)
     assert trained.loss_spread > 0.01 and torch.allclose(trained.loss, paper.loss + trained.loss_spread)
     assert "loss_spread" not in validated and "loss_spread" not in paper
     assert torch.allclose(validated.loss, paper.loss)
@@ -292,3 +294,61 @@ def test_queries_are_kept_apart_in_training_alone(monkeypatch):
     assert trained.loss_spread.item() == pytest.approx(3 * query_spread_loss(queries).item(), rel=1e-4)
     with pytest.raises(ValueError, match="query_spread is -1"):
         stage1(query_spread=-1.0)
+
+
+def test_thinned_features_by_hand():
+    features = torch.arange(1, 1 + 6 * 20 * 50, dtype=torch.float).view(6, 20, 50)
+    torch.manual_seed(0)
+    fewer = thinned(features, 0.3, 0.0)
+    assert fewer.shape == (6, 14, 50)
+    places = [[(features[n] == row).all(1).nonzero().item() for row in fewer[n]] for n in range(6)]
+    assert all(row == sorted(set(row)) for row in places) and len(set(map(tuple, places))) > 1, (
+        "each image loses its own"
+    )
+    zeroed = thinned(features, 0.0, 0.2)
+    gone = zeroed == 0
+    assert torch.equal(gone, gone[:, :1].expand_as(gone)), "the same features at all positions"
+    assert 0.1 < gone.float().mean() < 0.3 and torch.allclose(zeroed[~gone], features[~gone] / 0.8)
+    assert thinned(features, 0.99, 0.0).shape == (6, 1, 50)
+    assert torch.equal(thinned(features, 0.0, 0.0), features)
+
+
+def test_thinning_is_of_training_alone():
+    words = {"word_dropout": 0.5, "mask_token_id": 4}
+    model, plain = stage1(position_dropout=0.4, feature_dropout=0.3, qformer=STILL | words), stage1(qformer=STILL)
+    plain.load_state_dict(model.state_dict())
+    data = batch() | {"negative_seed": 0}
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**data).loss, plain.eval()(**data).loss)
+        first, second = (model.train()(**data) for _ in range(2))
+    assert first.loss != second.loss
+    assert model.model.get_vision_embeds(data["pixel_values"]).shape[1] == 3, "of five positions"
+
+
+def test_dropped_words_are_read_as_mask_and_predicted_all_the_same(monkeypatch):
+    model = stage1(qformer={"word_dropout": 0.5, "mask_token_id": 4, "eos_token_id": 3, **STILL}).train()
+    embeddings, read = model.model.qformer.embeddings, []
+    embeddings.word_embeddings.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    data = batch() | {"negative_seed": 0}
+    data["input_ids"][:, -1] = 3
+    expected = {}
+    real = losses_blip2x.itg_loss
+    monkeypatch.setattr(
+        pretraining_blip2x,
+        "itg_loss",
+        lambda logits, labels, n: expected.update(labels=labels) or real(logits, labels, n),
+    )
+    model(**data)
+    masked = torch.cat([(ids == 4).flatten() for ids in read]).float().mean()
+    assert 0.2 < masked < 0.5 and len(read) == 2, "texts of ITC and ITG together, and of ITM"
+    for ids in read:
+        assert (ids[:, 0] != 4).all() and (ids[:, -1] == 3).all()
+    assert torch.equal(expected["labels"], data["input_ids"][:, 1:][data["attention_mask"][:, 1:].bool()])
+
+
+@pytest.mark.parametrize("name", ["position_dropout", "feature_dropout"])
+def test_shares_that_are_none_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 1.0, but must be at least 0 and less than 1"):
+        stage1(**{name: 1.0})
+    with pytest.raises(ValueError, match="word_dropout is 0.2, but mask_token_id is None"):
+        stage1(qformer={"word_dropout": 0.2})

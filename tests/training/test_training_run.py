@@ -148,6 +148,13 @@ def figures_row_by_row(model, processor, data: Path, prompt: str) -> tuple[float
 @pytest.mark.parametrize("stage", [1, 2])
 def test_resumed_run_equals_uninterrupted_one(parts, tmp_path, monkeypatch, stage):
     flags = ["--max_steps", "10", "--gradient_accumulation_steps", "2"]  # dropout, crops and drawn captions are on
+    flags += [
+        "--position_dropout",
+        "0.3",
+        "--feature_dropout",
+        "0.2",
+        *(["--word_dropout", "0.2"] if stage == 1 else []),
+    ]
 
     def run(out):
         return stage1(parts, out, *flags) if stage == 1 else stage2(parts, out, "opt", *flags)

@@ -84,6 +84,10 @@ class Stage1Arguments(NewModelArguments):
         "Weight of a term that keeps the queries of an image apart (1 is enough), for a Q-Former that starts from a sentence "
         "encoder, whose queries become one vector; use it without dropout. null: as init_from was trained, or 0, the paper.",
     )
+    word_dropout: float = doc(
+        0.0,
+        "Share of a text's words that are read as [MASK] in training; ITG still predicts them. For small data, such as 0.15.",
+    )
     hard_negative_steps: int = doc(
         0,
         "Steps over which ITM's negatives go from evenly drawn to the paper's hard ones. 0: hard from the start, as in "
@@ -105,6 +109,7 @@ class Stage1Arguments(NewModelArguments):
         **NewModelArguments.RANGES,
         "image_text_hidden_size": (1, BIG),
         "query_spread": (0, 1000),
+        "word_dropout": (0, 0.9),
         "hard_negative_steps": (0, BIG),
         "itc_chunk_size": (1, BIG),
         "min_word_count": (1, BIG),

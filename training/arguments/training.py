@@ -43,6 +43,11 @@ class RunArguments(Arguments):
     clean_captions: bool = doc(True, 'Lower-case and strip . ! " ( ) * # : ; ~ as published; at most 50 words.')
     max_text_length: int = doc(32, "Longest text in tokens; longer ones are cut, and not taught to end.")
     augment: bool = doc(True, "RandomResizedCrop(0.5, 1, bicubic) and horizontal flip of training images.")
+    position_dropout: float = doc(
+        0.0,
+        "Share of an image's positions that training leaves out, anew at each visit, for all queries alike; small data.",
+    )
+    feature_dropout: float = doc(0.0, "Share of an image's features that are zero in training, likewise.")
     image_size: int | None = doc(None, "Side of the square image in pixels; null takes the image processor's own.")
     shard_cache: str | None = doc(
         None, "Folder that remote shards are fetched to, ahead of their visits; null: beside the cache of the hub."
@@ -136,6 +141,7 @@ class RunArguments(Arguments):
     layer_decay = 1.0
     pretrained_lr_scale = 1.0
     pretrained = None
+    word_dropout = 0.0
     load_in_4bit = False
 
     REQUIRED = ("output_dir", "dataset")
@@ -145,6 +151,8 @@ class RunArguments(Arguments):
         "max_skip_fraction": (0, 1),
         "shard_cache_gb": (0, BIG),
         "max_text_length": (2, BIG),
+        "position_dropout": (0, 0.9),
+        "feature_dropout": (0, 0.9),
         "image_size": (1, BIG),
         "max_steps": (1, BIG),
         "num_train_epochs": (TINY, BIG),

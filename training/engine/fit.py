@@ -81,6 +81,8 @@ def fit(
     made_from = on_main(accelerator, lambda: describe_data(train_set, eval_set))
     model.check_processor(processor)
     model.config.interpolate_pos_encoding = has_other_size(model, processor)
+    model.config.position_dropout, model.config.feature_dropout = args.position_dropout, args.feature_dropout
+    model.config.qformer_config.word_dropout = args.word_dropout
     if args.lora:
         add_lora(model, args.lora)
     accelerator.print(model.trainable_parameters_summary())
