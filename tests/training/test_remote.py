@@ -188,7 +188,7 @@ def test_shards_are_fetched_ahead_and_the_cache_keeps_to_its_limit(web, tmp_path
     largest, present = 0, 0
     for batch in BatchOrder(order, 4, 48, prefetcher=prefetcher):
         wanted = {lazy.remote_shard(row) for _, row in batch}
-        for _ in range(3000):
+        for _ in range(12_000):
             if all(lazy.cache.find(shard) for shard in wanted):
                 break
             time.sleep(0.01)

@@ -5,6 +5,7 @@ them, in a thread; what is not there yet, such as a row that stands in for a bad
 file that is removed while a worker reads it stays readable for that worker.
 """
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -42,17 +43,16 @@ class ShardCache:
 
     def used(self) -> int:
         """Bytes of all files in the folder, finished or not."""
-        return sum(path.stat().st_size for path in self.files())
+        return sum(size for _, size in self.files())
 
-    def files(self) -> list[Path]:
-        """Oldest use first."""
+    def files(self) -> list[tuple[Path, int]]:
+        """Files with their bytes, oldest use first."""
         found = []
         for path in self.folder.glob("*"):
-            try:
-                found.append((path.stat().st_mtime_ns, path))
-            except FileNotFoundError:  # another process has just removed it
-                continue
-        return [path for _, path in sorted(found)]
+            with contextlib.suppress(FileNotFoundError):  # another thread or process has just removed it, or named it
+                about_file = path.stat()
+                found.append((about_file.st_mtime_ns, path, about_file.st_size))
+        return [(path, size) for _, path, size in sorted(found)]
 
     def fetch(self, shard: Shard, needed: set[Path]) -> bool:
         """Fetch a shard, for which files that are not `needed` make room; False where there is no room.
@@ -64,12 +64,13 @@ class ShardCache:
         if path.exists():
             os.utime(path)
             return True
-        used = self.used()
-        for old in self.files():
+        files = self.files()
+        used = sum(size for _, size in files)
+        for old, size in files:
             if used + shard.size <= self.limit:
                 break
             if old not in needed:
-                used -= old.stat().st_size
+                used -= size
                 old.unlink(missing_ok=True)
         if used + shard.size > self.limit:
             return False
