@@ -4,6 +4,7 @@
 all_gather, 2 (n - 1) / n for all_reduce (ring), and what is for other ranks for all_to_all.
 """
 
+import gc
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -150,6 +151,9 @@ def run_rank(rank: int, folder: str, stage: int, pairs: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.save(count_step(rank, stage, pairs), f"{folder}/rank{rank}.pt")
+    # DDP and its hook hold the process group in circles: left to the interpreter's end, its threads could outlive it.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 
