@@ -17,6 +17,18 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+
+# All here, so that no measure below is one of imports.
+from blip2x_training import index_dataset
+from blip2x_training.data.caption_dataset import CaptionDataset, Sampling
+from blip2x_training.data.formats import load_rows
+from blip2x_training.data.index_images import open_split
+from blip2x_training.data.indexed_dataset import IndexedCaptionDataset
+from blip2x_training.data.order import BatchOrder, ShardStarts, visit_order
+
 SHARD = 10_000
 PAPER = 129_000_000  # pairs of the paper
 MEASURES = ("index", "start", "start_rows", "workers", "order")
@@ -24,7 +36,6 @@ MEASURES = ("index", "start", "start_rows", "workers", "order")
 
 def write_tars(folder: Path, rows: int) -> None:
     """Tars of `rows` samples, if they are not there."""
-    from PIL import Image
 
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 60).convert("RGB").save(buffer, "JPEG")
@@ -53,7 +64,6 @@ def anonymous() -> float:
 
 
 def measure_index(tars: Path, index: Path) -> dict:
-    from blip2x_training import index_dataset
 
     start, cpu = time.perf_counter(), os.times()
     index_dataset.main([str(tars), "--output", str(index), "--overwrite", "true"])
@@ -64,16 +74,11 @@ def measure_index(tars: Path, index: Path) -> dict:
 
 
 def opened(index: Path):
-    from blip2x_training.data.caption_dataset import Sampling
-    from blip2x_training.data.index_images import open_split
-    from blip2x_training.data.indexed_dataset import IndexedCaptionDataset
 
     return IndexedCaptionDataset(*open_split(str(index), "train"), sampling=Sampling(seed=0, crop_size=(56, 56)))
 
 
 def measure_start(tars: Path, index: Path) -> dict:
-    import blip2x_training.data.indexed_dataset  # noqa: F401  its imports are not what is measured
-    from blip2x_training.data.order import visit_order
 
     before, cpu = anonymous(), time.process_time()
     data = opened(index)
@@ -83,8 +88,6 @@ def measure_start(tars: Path, index: Path) -> dict:
 
 
 def measure_start_rows(tars: Path, index: Path) -> dict:
-    from blip2x_training.data.caption_dataset import CaptionDataset
-    from blip2x_training.data.formats import load_rows
 
     before, cpu = anonymous(), time.process_time()
     data = CaptionDataset(load_rows(str(tars), "train"))
@@ -110,9 +113,6 @@ class Watched:
 
 
 def measure_workers(tars: Path, index: Path, visits: int = 8000, workers: int = 2) -> dict:
-    import torch
-
-    from blip2x_training.data.order import BatchOrder, visit_order
 
     data = Watched(opened(index))
     order = visit_order([len(data)], [data.data.shards], None, 0)
@@ -126,9 +126,6 @@ def measure_workers(tars: Path, index: Path, visits: int = 8000, workers: int = 
 
 def measure_order(tars: Path, index: Path) -> dict:
     """The order of as many rows as the paper has, in as many shards as these would be."""
-    import numpy as np
-
-    from blip2x_training.data.order import ShardStarts, visit_order
 
     starts = np.arange(0, PAPER + 1, SHARD)
     before, start = anonymous(), time.perf_counter()

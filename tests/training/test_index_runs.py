@@ -11,6 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from blip2x_training import index_dataset
+from blip2x_training.data.caption_dataset import make_loader
+from blip2x_training.data.first_index import first_index
+from blip2x_training.data.index_images import open_split
+from blip2x_training.data.indexed_dataset import IndexedCaptionDataset
+from blip2x_training.data.shard_cache import ShardCache
+from tests.helpers import shards
 from tests.helpers.ranks import run
 from tests.helpers.training_parts import SMALL_QFORMER, make_image_folder, make_vision_model
 from tests.helpers.training_runs import interrupted_after, stage1, without_speed
@@ -85,6 +91,30 @@ def test_a_killed_run_on_a_web_server_goes_on(parts, tmp_path, monkeypatch):
     weights = trained(tmp_path / "local")
     assert all(torch.equal(tensor, trained(tmp_path / "out")[name]) for name, tensor in weights.items())
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 3
+
+
+@pytest.mark.parametrize("kind", ["tars on a web server", "parquet on a web server", "parquet"])
+def test_workers_read_what_is_in_no_cache(kind, tmp_path, monkeypatch):
+    """By ranges, though the main process has used the network before them; and row groups, though it has used Arrow."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "data").mkdir()
+    local = (shards.tars if kind.startswith("tars") else shards.parquet)(tmp_path / "data")
+    ending = "tar" if kind.startswith("tars") else "parquet"
+    names = ",".join(path.stem for path in sorted((tmp_path / "data").glob(f"*.{ending}")))
+    with serving(tmp_path / "data") as (_, root):
+        if kind == "parquet":
+            index_dataset.main([local, "--output", str(tmp_path / "index")])
+        dataset = str(tmp_path / "index") if kind == "parquet" else f"{root}/{{{names}}}.{ending}"
+        index = dataset if kind == "parquet" else first_index(dataset, "train")
+        data = IndexedCaptionDataset(*open_split(index, "train"), cache=ShardCache(tmp_path / "shards", 100))
+        keys = [[(0, 2 * number), (0, 2 * number + 1)] for number in range(7)]
+        expected = [data[0, row]["text"] for row in range(14)]
+        batches = list(make_loader(data, keys, texts_of, 1, pin_memory=False, timeout=120))
+    assert [text for batch in batches for text in batch["texts"]] == expected
+
+
+def texts_of(items: list[dict]) -> dict:
+    return {"texts": [item["text"] for item in items]}
 
 
 def test_a_run_does_not_go_on_with_another_index(parts, tmp_path, monkeypatch):

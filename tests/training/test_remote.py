@@ -218,3 +218,24 @@ def test_a_shard_larger_than_the_cache_is_read_by_ranges(web, tmp_path):
     prefetcher.stop()
     prefetcher.join(timeout=60)
     assert not prefetcher.is_alive() and not list((tmp_path / "shards").glob("*"))
+
+
+def test_a_shard_that_the_cache_lets_go_of_meanwhile_is_read_by_ranges(web, tmp_path, monkeypatch):
+    _, root, folder = web
+    name = tars(folder)
+    lazy = opened(braces(folder, root, "tar"), tmp_path)
+    monkeypatch.setattr(lazy.cache, "find", lambda shard: str(tmp_path / "gone" / f"{shard.rows}.tar"))
+    assert_same(lazy, local_rows(name))
+
+
+@pytest.mark.parametrize("limit", [10**9, 100], ids=["fetched", "larger than the cache"])
+def test_a_shard_that_changes_during_a_run_ends_it(limit, web, tmp_path):
+    """Not read by ranges, which would be those of other images."""
+    _, root, folder = web
+    tars(folder)
+    lazy = opened(braces(folder, root, "tar"), tmp_path, limit)
+    os.utime(folder / "001.tar", ns=(1, 1))
+    prefetcher = start_prefetcher(lazy, visit_order([15], [lazy.shards], None, 0), 0)
+    prefetcher.join(timeout=60)
+    with pytest.raises(ValueError, match=r"001\.tar has changed since it was indexed"):
+        prefetcher.advance(4)

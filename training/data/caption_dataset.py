@@ -425,6 +425,10 @@ def make_loader(
     The loader's own generator keeps it from advancing the global random state. timeout: seconds that workers may take for a
     batch; 0: any time. device: where levels of pixels become pixels.
     """
+    # What reads the network has threads, which a fork would leave behind: its workers would wait for them for ever.
+    reads_network = num_workers > 0 and any(
+        getattr(part, "has_remote", False) for part in getattr(dataset, "parts", ())
+    )
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=order,
@@ -434,5 +438,6 @@ def make_loader(
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=shield_worker,
         timeout=timeout if num_workers else 0,
+        multiprocessing_context="spawn" if reads_network else None,
     )
     return ReportedBatches(loader, dataset.skip_log, device)

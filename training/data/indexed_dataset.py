@@ -112,8 +112,12 @@ class IndexedCaptionDataset(torch.utils.data.Dataset):
             "draw": rng.random(),
             "prompt": fill_prompt(self.prompt, question) if self.asks else self.prompt,
         }
-        value = image_value(shard, place, values, self.cache)
-        content = image_bytes(value)
+        try:
+            value = image_value(shard, place, values, self.cache)
+            content = image_bytes(value)
+        except FileNotFoundError:  # the cache has let go of the shard since it was found there
+            value = image_value(shard, place, values)
+            content = image_bytes(value)
         item["image_id"] = number_of(content, values.get(self.id_column))
         encoded = {"bytes": content, "path": image_name(value, None)}  # named in reasons
         if self.crop_size is None:

@@ -74,14 +74,19 @@ class ShardCache:
                 old.unlink(missing_ok=True)
         if used + shard.size > self.limit:
             return False
-        size, mark = about(shard.file)
-        if (size, mark) != (shard.size, shard.mark):
-            raise ValueError(
-                f"{shard.file} has changed since it was indexed: {size} bytes, {shard.size} then, or its mark is another. "
-                "Write the index again: index_dataset.py --overwrite true."
-            )
+        check_remote(shard)
         download(shard.file, shard.size, path)
         return True
+
+
+def check_remote(shard: Shard) -> None:
+    """Raise ValueError for a remote shard that is not what was indexed, by its size and its mark."""
+    size, mark = about(shard.file)
+    if (size, mark) != (shard.size, shard.mark):
+        raise ValueError(
+            f"{shard.file} has changed since it was indexed: {size} bytes, {shard.size} then, or its mark is another. "
+            "Write the index again: index_dataset.py --overwrite true."
+        )
 
 
 class Prefetcher(threading.Thread):
@@ -107,9 +112,15 @@ class Prefetcher(threading.Thread):
         self.position = self.read = start
         self.last_need: dict[Path, int] = {}
         self.changed, self.stopped = threading.Condition(), False
+        self.error: Exception | None = None
 
     def advance(self, position: int) -> None:
-        """The run has come to a position: what only positions before it need may go."""
+        """The run has come to a position: what only positions before it need may go.
+
+        Raises what has ended the thread: a shard cannot be read or has changed (ValueError), or be written (OSError).
+        """
+        if self.error is not None:
+            raise self.error
         with self.changed:
             self.read = max(self.read, position)
             self.changed.notify()
@@ -133,15 +144,17 @@ class Prefetcher(threading.Thread):
     def fetched(self, shard: Shard) -> bool:
         """Fetch a shard, waiting for the run to leave room for it. False: it cannot be had, or the run is over."""
         while not self.stopped:
-            if shard.size > self.cache.limit:
-                return True  # its rows are read by their ranges
             read = self.read
             self.last_need = {path: last for path, last in self.last_need.items() if last > read}
             try:
+                if shard.size > self.cache.limit:
+                    check_remote(shard)
+                    return True  # its rows are read by their ranges
                 if self.cache.fetch(shard, set(self.last_need)):
                     return True
-            except (ValueError, OSError):
-                return False  # the rows are read by their ranges, and who reads them says what is wrong
+            except (ValueError, OSError) as error:
+                self.error = error  # told by `advance`, to the thread that trains
+                return False
             if not self.wait_for(lambda before=read: self.read > before):
                 return False
         return False

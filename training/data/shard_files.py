@@ -43,25 +43,27 @@ def remote_files(dataset: str, split: str, kind: str) -> list[str]:
         return []
     root = dataset.rstrip("/") + "/"
     below = [name.removeprefix(root) for name in listed(root) if name.endswith(f".{kind}")]
-    named = {
-        name: [file for file in below if Path(file).name.startswith(prefixes) or file.startswith(prefixes)]
-        for name, prefixes in SPLIT_PREFIXES.items()
-    }
-    chosen = named.get(split, []) if any(named.values()) else below if split == "train" else []
-    return [root + file for file in chosen]
+    return [root + name for name in names_of_split(below, split)]
 
 
 def split_tars(folder: Path, split: str, ending: str = ".tar") -> list[str]:
-    """The tars, or files of another ending, of a split: in a folder of its name, or called after it; all are training data
-    if none is called so."""
+    """The tars, or files of another ending, of a split, in a folder or one below it."""
     files = sorted(folder.glob(f"*{ending}")) + sorted(folder.glob(f"*/*{ending}"))
-    named = {
-        name: [path for path in files if str(path.relative_to(folder)).startswith(prefixes)]
-        for name, prefixes in SPLIT_PREFIXES.items()
-    }
-    if not any(named.values()):
-        return [str(path) for path in files] if split == "train" else []
-    return [str(path) for path in named.get(split, [])]
+    names = names_of_split([str(path.relative_to(folder)) for path in files], split)
+    return [str(folder / name) for name in names]
+
+
+def names_of_split(names: list[str], split: str) -> list[str]:
+    """Those in a folder of the split's name or called after it, else those whose last part is (data/train-0.parquet); all
+    are training data if none is called after any split."""
+    for called in (str, lambda name: Path(name).name):
+        named = {
+            known: [name for name in names if called(name).startswith(prefixes)]
+            for known, prefixes in SPLIT_PREFIXES.items()
+        }
+        if any(named.values()):
+            return named.get(split, [])
+    return names if split == "train" else []
 
 
 def pattern_files(dataset: str) -> list[str]:
