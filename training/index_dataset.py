@@ -76,7 +76,7 @@ def run(args: IndexArguments) -> None:
     sharded, rows, image_folder = shard_files(args.dataset, args.split), None, None
     if sharded:
         kind, files = sharded
-        pieces = pieces_of_files([full_name(file) for file in files], kind, args.image_column)
+        pieces = pieces_of_files(files, kind, args.image_column)
     else:
         rows = load_rows(args.dataset, args.split, args.image_folder, args.dataset_config)
         require_column(rows, args.image_column, "image_column")
@@ -94,12 +94,6 @@ def run(args: IndexArguments) -> None:
     print(f"{folder}: {len(index)} rows in {len(index.shards)} shards, {size / 1e6:.1f} MB.")
     if not len(index):
         raise ValueError(f"{args.dataset}, split {args.split!r} has no rows that can be read.")
-
-
-def full_name(file: str) -> str:
-    from blip2x_training.data.remote import is_remote
-
-    return file if is_remote(file) else os.path.abspath(file)
 
 
 def say(text: str) -> None:

@@ -239,3 +239,19 @@ def test_a_shard_that_changes_during_a_run_ends_it(limit, web, tmp_path):
     prefetcher.join(timeout=60)
     with pytest.raises(ValueError, match=r"001\.tar has changed since it was indexed"):
         prefetcher.advance(4)
+
+
+def test_a_remote_data_set_that_has_changed_is_indexed_again(web, tmp_path):
+    """At the next start; but not because its server is away."""
+    server, root, folder = web
+    tars(folder)
+    dataset = braces(folder, root, "tar")
+    home = Path(first_index(dataset, "train"))
+    before = (home / "train" / "index.json").read_text()
+    assert first_index(dataset, "train") == str(home) and (home / "train" / "index.json").read_text() == before
+    write_tar(folder / "001.tar", {"1.jpg": b"x", "1.txt": b"another"})
+    assert len(open_split(first_index(dataset, "train"), "train")[0]) == 11
+    (folder / "002.tar").rename(folder / "away")
+    with pytest.raises(ValueError, match=r"002\.tar cannot be read"):
+        first_index(dataset, "train")
+    assert (home / "train" / "index.json").exists()

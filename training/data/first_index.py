@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..system.atomic_files import discard
 from .index_files import check_files, open_index
 from .indexing import index_pieces, pieces_of_files
 from .remote import is_remote
+from .shard_cache import ChangedShard, check_remote
 from .shard_files import shard_files
 
 FETCHED = 8  # remote shards that are fetched at a time: fetching waits more than it computes
@@ -28,7 +30,6 @@ def first_index(dataset: str, split: str, image_column: str = "image") -> str:
     """
     name = re.match(r"\w*", split)[0]
     kind, files = shard_files(dataset, name) or ("tar", [])
-    files = [file if is_remote(file) else os.path.abspath(file) for file in files]
     mark = hashlib.sha256("\n".join([image_column, *files]).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     home = Path(constants.HF_HOME) / "blip2x" / "indexes" / mark
     with waiting_lock(home / f"{name}.lock"):
@@ -42,12 +43,23 @@ def first_index(dataset: str, split: str, image_column: str = "image") -> str:
 
 
 def is_current(home: Path, name: str) -> bool:
-    """Whether the index is there; one that is damaged, or whose files have changed, is removed."""
+    """Whether the index is there; one that is damaged, or whose files have changed, is removed.
+
+    Raises ValueError for a remote file that cannot be asked.
+    """
     if not (home / name / "index.json").exists():
         return False
     try:
-        check_files(open_index(home, name))
+        index = open_index(home, name)
+        check_files(index)
     except ValueError:
+        discard(home / name)
+        return False
+    remote = {shard.file: shard for shard in index.shards if shard.mark is not None}
+    try:
+        with ThreadPoolExecutor(FETCHED) as pool:
+            list(pool.map(check_remote, remote.values()))
+    except ChangedShard:
         discard(home / name)
         return False
     return True

@@ -1,5 +1,6 @@
 """The image of a row of an index: what `images.py` opens, read from tar, row group or file."""
 
+import contextlib
 import functools
 import re
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 
+from .images import image_name
 from .index_files import IMAGE, Index, IndexedRows, Shard, check_files, open_index, splits_of
 from .order import GROUP
 from .remote import RangeFile, is_remote
@@ -20,22 +22,41 @@ GROUPS = GROUP  # row groups held by a process: as many as are shuffled together
 def image_value(shard: Shard, place: np.void, values: dict, cache: ShardCache | None = None) -> dict | str | None:
     """A path, or a dict with `path` and `bytes` or the place in a tar; None where the row has no image.
 
-    cache: where a remote shard may lie; what it has not is read by its range.
+    cache: where a remote shard may lie; what it has not, or lets go of meanwhile, is read by its range.
     """
-    file = (cache.find(shard) if cache and shard.mark else None) or shard.file
+    cached = cache.find(shard) if cache and shard.mark is not None else None
+    if cached:
+        with contextlib.suppress(FileNotFoundError):
+            return value_in(cached, shard, place, values)
+    return value_in(shard.file, shard, place, values)
+
+
+def value_in(file: str, shard: Shard, place: np.void, values: dict) -> dict | str | None:
+    """`image_value` read from `file`, that of the shard or a copy of it."""
+    name, offset, size = name_of_image(shard, place, values), int(place["offset"]), int(place["size"])
     if shard.kind == "tar":
-        offset = int(place["offset"])
         if offset < 0:
             return None
-        path = f"{shard.file}/{values[IMAGE]}"
-        return {"path": path, "tar": file, "offset": offset, "size": int(place["size"])}
+        if file == shard.file:
+            return {"path": name, "tar": file, "offset": offset, "size": size}
+        with open(file, "rb") as copy:  # not kept open: a copy that the cache removes would go on taking its space
+            copy.seek(offset)
+            return {"path": name, "bytes": copy.read(size)}
     if shard.kind == "parquet":
-        image = row_group(file, shard.group, shard.column)[int(place["offset"])].as_py()
-        name = f"{shard.file}, row {int(place['offset'])} of group {shard.group}"
+        image = row_group(file, shard.group, shard.column)[offset].as_py()
         if isinstance(image, dict):
             return {**image, "path": image.get("path") or name} if image.get("bytes") else image.get("path")
         return {"bytes": image, "path": name} if isinstance(image, bytes) else image
     return values[IMAGE]
+
+
+def name_of_image(shard: Shard, place: np.void, values: dict) -> str:
+    """What a report calls the image of a row; reads nothing."""
+    if shard.kind == "tar":
+        return f"{shard.file}/{values[IMAGE]}"
+    if shard.kind == "parquet":
+        return f"{shard.file}, row {int(place['offset'])} of group {shard.group}"
+    return image_name(values[IMAGE], None)
 
 
 @functools.lru_cache(GROUPS)

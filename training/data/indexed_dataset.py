@@ -19,9 +19,9 @@ import torch
 from modeling_blip2x.printable_blip2x import printable
 
 from .caption_dataset import Sampling, fill_prompt, read_row, visit
-from .images import BadRow, image_name, image_source, missing, open_image, opened
+from .images import BadRow, image_source, missing, open_image, opened
 from .index_files import Index, IndexedRows, Shard
-from .index_images import image_value
+from .index_images import image_value, name_of_image
 from .order import ShardStarts
 from .rows import IMAGE_ID_COLUMNS, PROMPT_COLUMNS, TEXT_COLUMNS, Rows, find_column
 from .shard_cache import ShardCache
@@ -112,14 +112,9 @@ class IndexedCaptionDataset(torch.utils.data.Dataset):
             "draw": rng.random(),
             "prompt": fill_prompt(self.prompt, question) if self.asks else self.prompt,
         }
-        try:
-            value = image_value(shard, place, values, self.cache)
-            content = image_bytes(value)
-        except FileNotFoundError:  # the cache has let go of the shard since it was found there
-            value = image_value(shard, place, values)
-            content = image_bytes(value)
+        content = image_bytes(image_value(shard, place, values, self.cache))
         item["image_id"] = number_of(content, values.get(self.id_column))
-        encoded = {"bytes": content, "path": image_name(value, None)}  # named in reasons
+        encoded = {"bytes": content, "path": name_of_image(shard, place, values)}  # named in reasons
         if self.crop_size is None:
             return item | {"image": open_image(encoded, None)}
         with opened(encoded, None) as image:
@@ -155,7 +150,7 @@ class IndexedCaptionDataset(torch.utils.data.Dataset):
 
     def report_of(self, number: int, fault: BadRow) -> dict:
         row = self.row_of(number)
-        name = printable(image_name(image_value(*self.rows[row]), None), keep="")
+        name = printable(name_of_image(*self.rows[row]), keep="")
         return self.report(row, name, str(fault))
 
     def report_of_shard(self, number: int) -> dict:

@@ -79,13 +79,18 @@ class ShardCache:
         return True
 
 
+class ChangedShard(ValueError):
+    """A remote shard is not what was indexed."""
+
+
 def check_remote(shard: Shard) -> None:
-    """Raise ValueError for a remote shard that is not what was indexed, by its size and its mark."""
+    """Raise ChangedShard for a remote shard that is not what was indexed, by its size and its mark, and ValueError for one
+    that cannot be asked."""
     size, mark = about(shard.file)
     if (size, mark) != (shard.size, shard.mark):
-        raise ValueError(
-            f"{shard.file} has changed since it was indexed: {size} bytes, {shard.size} then, or its mark is another. "
-            "Write the index again: index_dataset.py --overwrite true."
+        raise ChangedShard(
+            f"{shard.file} has changed since it was indexed: {size} bytes, {shard.size} then, or its mark is another. Write "
+            "an index of your own again: index_dataset.py --overwrite true; another is written at the next start."
         )
 
 

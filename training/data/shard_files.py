@@ -1,6 +1,7 @@
 """Which files a data set of shards consists of: tars or parquet files, local or remote, by folders and patterns."""
 
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ SPLIT_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "va
 
 
 def shard_files(dataset: str, split: str) -> tuple[str, list[str]] | None:
-    """("tar" or "parquet", the files) of a data set of such files, which can be read one by one; None for others.
+    """("tar" or "parquet", the files, by absolute names) of a data set of such files, which can be read one by one; None for others.
 
     Raises ValueError for a remote one that is of neither.
     """
@@ -25,7 +26,7 @@ def shard_files(dataset: str, split: str) -> tuple[str, list[str]] | None:
         else:
             files = [dataset] if path.is_file() else pattern_files(dataset)
         if files and {Path(file).suffix for file in files} == {f".{kind}"}:
-            return kind, [str(file) for file in files]
+            return kind, [file if is_remote(file) else os.path.abspath(file) for file in map(str, files)]
     if is_remote(dataset):
         raise ValueError(
             f"{dataset}, split {split!r}: only .tar and .parquet files are read from an address. Name them, such as "
